@@ -1,0 +1,29 @@
+"""acmize turns a pretrained model into one that spends compute only where the input needs it."""
+
+from acmize.__about__ import __version__
+from acmize.errors import AcmizeError
+from acmize.methods import acm as _acm
+from acmize.plan import Plan, PlanEntry, Site
+
+AcmConfig = _acm.AcmConfig
+
+_LAZY = {
+    "Recipe": "acmize.recipe",
+    "convert": "acmize.api",
+    "convert_": "acmize.convert",
+    "from_pretrained": "acmize.hub",
+    "make_plan": "acmize.hosts",
+    "push_to_hub": "acmize.hub",
+    "record": "acmize.gates",
+    "save_pretrained": "acmize.hub",
+}
+__all__ = ["AcmConfig", "AcmizeError", "Plan", "PlanEntry", "Site", "__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> object:
+    """Import what needs timm, accelerate or datasets only when it is asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'acmize' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)

@@ -1,0 +1,353 @@
+"""The whole way from a pretrained model to an adaptive one, in the order of docs/concepts.md.
+
+    plan -> insert -> learners from the weights -> [distill] -> gates -> [finetune] -> calibrate -> evaluate
+
+Every stage leaves its weights in the work folder, so that a conversion that was killed goes on where it stopped and ends
+with the same numbers; each stage draws from generators of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from acmize.batches import cached, loader, mixup
+from acmize.checkpoint import load_tensors, read_json, save_tensors, write_json
+from acmize.convert import convert_
+from acmize.damage import collect_damage
+from acmize.data import ImageSet, eval_transform, open_images, split_holdout, train_transform
+from acmize.diagnose import Finding, check_gates, check_sites
+from acmize.errors import AcmizeError
+from acmize.evaluate import evaluate, reference
+from acmize.gates import choosing, full_width, set_dial
+from acmize.hosts import make_plan
+from acmize.hub import base_of, make_adaptive
+from acmize.init import collect_moments, init_
+from acmize.models import load_model
+from acmize.phases.calibrate import Calibration, calibrate, set_budget
+from acmize.phases.distill import distill
+from acmize.phases.finetune import drawn_budget, finetune
+from acmize.phases.pretrain_gates import collect_errors, fit_classification_gates, fit_damage_gates
+from acmize.plan import Plan
+from acmize.recipe import Recipe, resolve
+
+log = logging.getLogger("acmize")
+
+
+class Images:
+    """The data of a conversion: images to fit on, images held out of train for calibration, and test images."""
+
+    def __init__(self, data: Any, model: nn.Module, recipe: Recipe) -> None:
+        splits = open_images(data, limit=recipe.limit, seed=recipe.seed)
+        self.name = splits.name
+        if splits.train is None:
+            raise AcmizeError(f"data {splits.name}: found no train split, expected one to fit on; add train/")
+        fit, held = split_holdout(splits.train, recipe.holdout, recipe.seed)
+        columns = {"image_column": splits.image_column, "label_column": splits.label_column}
+        channels = {"in_chans": _channels(model)}
+        plain = eval_transform(model)
+        self.fit = cached(ImageSet(fit, plain, **columns, **channels))
+        self.held = cached(ImageSet(held, plain, **columns, **channels))
+        self.test = None if splits.test is None else cached(ImageSet(splits.test, plain, **columns, **channels))
+        augment = train_transform(model, crop_scale=recipe.train.crop_scale, randaugment=recipe.train.randaugment)
+        self.augmented = ImageSet(fit, augment, **columns, **channels, seed=recipe.seed)
+        self.batch_size = recipe.batch_size
+
+    def batches(self, which: Any, limit: int | None = None, size: int | None = None) -> Iterator[Tensor]:
+        """Inputs of a set in a fixed shuffled order, without labels."""
+        seen = 0
+        for inputs, _ in loader(which, min(size or self.batch_size, len(which)), shuffle=True):
+            if limit is not None and seen >= limit:
+                return
+            yield inputs if limit is None else inputs[: limit - seen]
+            seen += len(inputs)
+
+    def labelled(self, which: Any) -> list[tuple[Tensor, Tensor]]:
+        """(inputs, labels) batches in stored order."""
+        return _Listed(lambda: loader(which, min(self.batch_size, len(which))), which, self.batch_size)  # pyright: ignore
+
+    def epochs(self, which: Any, seed: int) -> tuple[Callable[[int], Any], int]:
+        """Epoch -> shuffled (inputs, labels) batches, and how many there are."""
+        batches = loader(which, min(self.batch_size, len(which)), seed=seed, shuffle=True, drop_last=True)
+
+        def of(epoch: int) -> Any:
+            batches.set_epoch(epoch)
+            return batches
+
+        return of, len(batches)
+
+
+class _Listed(Sequence):  # type: ignore[type-arg]
+    """Batches that can be gone through again and again without being held."""
+
+    def __init__(self, make: Callable[[], Any], data: Any, batch_size: int) -> None:
+        self._make, self._length = make, -(-len(data) // min(batch_size, len(data)))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._make())
+
+    def __getitem__(self, index: Any) -> Any:
+        return list(self._make())[index]
+
+
+def _channels(model: nn.Module) -> int:
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return int((cfg.get("input_size") or (3,))[0])
+
+
+# --- the pipeline ---------------------------------------------------------------------------------------------
+
+
+def convert(
+    model: nn.Module,
+    *,
+    data: Any,
+    budget: float | None = None,
+    recipe: Recipe | None = None,
+    base: dict[str, Any] | None = None,
+    plan: Plan | None = None,
+    work: str | Path | None = None,
+    resume: bool = False,
+    **options: Any,
+) -> Any:
+    """Make a pretrained model adaptive.
+
+    Args:
+        model: a dense model; left as it is.
+        data: anything `datasets.load_dataset` opens: a folder of images, a Hub data set, a `DatasetDict`. Labels are
+            optional.
+        budget: share of the dense MACs the model is left at; `model.set_budget` changes it later.
+        recipe: every option; or give some of them as keywords (`phases=()`, `seed=1`, `acm={"num_learners": 4}`).
+        base: how to build the dense model again, from `base_of(model, kwargs)`.
+        plan: from `make_plan`, for sites of a module of one's own.
+        work: folder for checkpoints; kept on failure, removed on success.
+        resume: go on from the checkpoints in `work`.
+
+    Returns:
+        A converted copy with `set_budget`, `save_pretrained`, `push_to_hub`, and its measured `results`.
+
+    Raises:
+        AcmizeError: anything the caller can mend.
+    """
+    if recipe is None:
+        recipe = resolve(options)
+    elif options:
+        raise TypeError(f"give a recipe or options, not both: found {sorted(options)}")
+    if budget is not None:
+        recipe = Recipe(**{**{f: getattr(recipe, f) for f in recipe.__dataclass_fields__}, "budget": budget})
+    if plan is None:
+        plan = make_plan(model, recipe.acm, target_modules=recipe.target_modules, exclude=recipe.exclude)
+    plan.check_budget(recipe.budget)
+    return _Conversion(model, plan, recipe, Images(data, model, recipe), work, resume).run(base)
+
+
+class _Conversion:
+    """One conversion under way: the stages in order, each resumable."""
+
+    def __init__(
+        self, dense: nn.Module, plan: Plan, recipe: Recipe, images: Images, work: str | Path | None, resume: bool
+    ) -> None:
+        self.dense, self.plan, self.recipe, self.images = dense.eval(), plan, recipe, images
+        self.model = convert_(copy.deepcopy(dense), plan).eval()
+        self.work = None if work is None else Path(work)
+        self.findings: list[Finding] = []
+        self.seconds: dict[str, float] = {}
+        self.calibration: Calibration | None = None
+        if self.work is not None:
+            if not resume and self.work.exists():
+                shutil.rmtree(self.work)
+            self.work.mkdir(parents=True, exist_ok=True)
+            self._same_recipe()
+
+    def _same_recipe(self) -> None:
+        path = self.work / "recipe.json"  # pyright: ignore[reportOptionalOperand]
+        mine = {"recipe": self.recipe.to_dict(), "plan": self.plan.to_dict()}
+        if path.exists() and _plain(read_json(path)) != _plain(mine):
+            raise AcmizeError(
+                f"{path}: the unfinished conversion there had other options; leave --resume out to start anew"
+            )
+        write_json(path, mine)
+
+    def run(self, base: dict[str, Any] | None) -> Any:
+        """All stages; see the module's docstring."""
+        phases = self.recipe.phases
+        self._stage("init", self._init)
+        if "distill" in phases:
+            self._stage("distill", self._distill)
+        self._stage("gates", self._gates)
+        if "finetune" in phases:
+            self.calibration = self._calibrate((0.9, 0.6, 0.4), 0.02)
+            self._stage("finetune", self._finetune)
+        budgets = sorted({*self.recipe.budgets, self.recipe.budget}, reverse=True)
+        budgets = [b for b in budgets if b >= self.plan.budget_range[0]]
+        self.calibration = self._calibrate(budgets)
+        results = self._evaluate(budgets)
+        made = make_adaptive(
+            self.model, self.plan, self.calibration, base or base_of(self.dense), results, self._described()
+        )
+        made.set_budget(self.recipe.budget)
+        if self.work is not None:
+            shutil.rmtree(self.work)
+        return made.eval()
+
+    def _stage(self, name: str, run: Callable[[], None]) -> None:
+        """Run a stage, or load what it left behind."""
+        import time
+
+        done = None if self.work is None else self.work / f"{name}.safetensors"
+        if done is not None and done.exists():
+            self.model.load_state_dict(load_tensors(done))
+            log.info("%s: resumed", name)
+            return
+        start = time.perf_counter()
+        torch.manual_seed(self.recipe.seed)
+        run()
+        self.seconds[name] = time.perf_counter() - start
+        if done is not None:
+            save_tensors(done, self.model.state_dict())
+        log.info("%s: %.0f s", name, self.seconds[name])
+
+    def _checkpoint(self) -> dict[str, Any]:
+        return {"checkpoint": self.work, "resume": self.work is not None}
+
+    def _init(self) -> None:
+        if self.recipe.acm.init == "random":
+            return
+        batches = self.images.batches(self.images.fit, self.recipe.moments)
+        init_(self.model, self.dense, self.plan, collect_moments(self.dense, self.plan, batches))
+
+    def _source(self) -> nn.Module:
+        """What local inputs and targets come from: the dense model, or its equal in the rotated basis."""
+        return self.dense if self.recipe.acm.init == "random" else copy.deepcopy(self.model)
+
+    def _distill(self) -> None:
+        options = self.recipe.distill
+        batches, steps = self.images.epochs(self.images.augmented, self.recipe.seed)
+        history = distill(
+            self.model, self._source(), batches, steps_per_epoch=steps, tokens=options.tokens,
+            config=self.recipe.loop(epochs=options.epochs, lr=options.lr), **self._checkpoint(),
+        )  # fmt: skip
+        self.findings += check_sites(history.last, self.recipe.max_error)
+
+    def _gates(self) -> None:
+        options, seed = self.recipe.gates, self.recipe.seed
+        generator = torch.Generator().manual_seed(seed)
+        if options.labels == "threshold":
+            batches = self.images.batches(self.images.fit, options.images)
+            data = collect_errors(self.model, self._source(), batches, generator=generator)
+            fit_classification_gates(
+                data, tau=options.tau, steps=options.steps, lr=options.lr or 1e-2, seed=seed, **self._checkpoint()
+            )
+            return
+        for number in range(options.rounds):
+            batches = self.images.batches(self.images.fit, options.images, size=20)
+            if number:
+                batches = self._at_drawn_budgets(batches, self._calibrate((0.9, 0.65, 0.45), 0.03), number)
+            data = collect_damage(
+                self.model, self.dense, batches, choose=None if number else full_width, generator=generator,
+                draws=options.draws, keep_tokens=options.keep_tokens,
+            )  # fmt: skip
+            fit_damage_gates(
+                data, steps=options.steps, lr=options.lr or 3e-3, seed=seed + number, fresh=number == 0,
+                name=f"gates-{number + 1}", **self._checkpoint(),
+            )  # fmt: skip
+
+    def _at_drawn_budgets(self, batches: Iterator[Tensor], calibration: Calibration, number: int) -> Iterator[Tensor]:
+        for step, batch in enumerate(batches):
+            set_dial(self.model, calibration.dial(drawn_budget(self.recipe.gates.budgets, number, step)))
+            yield batch
+
+    def _finetune(self) -> None:
+        train, losses = self.recipe.train, self.recipe.losses
+        if losses.task > 0 and losses.teacher == 0 and bool((self.images.augmented.labels_N < 0).all()):
+            raise AcmizeError(
+                "finetune: found no labels and no teacher loss; give labels, or set losses.teacher above 0"
+            )
+        batches, steps = self.images.epochs(self.images.augmented, self.recipe.seed + 1)
+        mix = None
+        if train.mixup > 0 or train.cutmix > 0:
+            classes = int(self.dense.num_classes)  # pyright: ignore[reportArgumentType]
+            mix = mixup(classes, mixup_alpha=train.mixup, cutmix_alpha=train.cutmix, seed=self.recipe.seed)
+        loop = self.recipe.loop(
+            epochs=train.epochs, lr=train.lr, weight_decay=train.weight_decay, warmup=train.warmup,
+            ema_decay=train.ema_decay, accumulate=train.accumulate,
+        )  # fmt: skip
+        assert self.calibration is not None
+        finetune(
+            self.model, self.dense, self.plan, self.calibration, batches, steps_per_epoch=steps, losses=losses,
+            config=loop, mix=mix, **self._checkpoint(),
+        )  # fmt: skip
+
+    def _calibrate(self, budgets: Sequence[float], tolerance: float = 0.0025) -> Calibration:
+        batches = list(self.images.batches(self.images.held, 200))
+        reachable = [b for b in budgets if b >= self.plan.budget_range[0]]
+        return calibrate(self.model, self.plan, batches, reachable, tolerance=tolerance)
+
+    def _evaluate(self, budgets: Sequence[float]) -> dict[str, Any]:
+        assert self.calibration is not None
+        which = self.images.test if self.images.test is not None else self.images.held
+        batches = self.images.labelled(which)
+        dense = reference(self.dense, batches)
+        results = evaluate(self.model, self.plan, self.calibration, batches, dense, budgets)
+        set_budget(self.model, self.plan, self.calibration, self.recipe.budget)
+        held = list(self.images.batches(self.images.held, 64))
+        self.findings += check_gates(self.model, self.plan, held, results)
+        results["split"] = "test" if self.images.test is not None else "held out of train"
+        results["findings"] = [f.to_dict() for f in self.findings]
+        return results
+
+    def _described(self) -> dict[str, Any]:
+        return {**self.recipe.to_dict(), "data": self.recipe.data or self.images.name, "seconds": self.seconds}
+
+
+def evaluate_saved(
+    model: Any,
+    data: Any,
+    budgets: Sequence[float] | None = None,
+    *,
+    weights: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 32,
+) -> dict[str, Any]:
+    """Evaluate a loaded adaptive model on the test split of `data` (its train split where there is none).
+
+    Args:
+        model: from `from_pretrained`.
+        data: anything `datasets.load_dataset` opens.
+        budgets: to evaluate; by default those it was saved with.
+        weights: safetensors file of the dense model; without it the converted model at full width stands for it.
+        limit: samples at most.
+        batch_size: images in a batch.
+    """
+    splits = open_images(data, limit=limit)
+    which = "test" if splits.test is not None else "train"
+    images = cached(ImageSet.of(splits, which, model))
+    batches = _Listed(lambda: loader(images, min(batch_size, len(images))), images, batch_size)  # pyright: ignore
+    if weights is not None:
+        dense = reference(load_model(model.base["architecture"], weights, **model.base["kwargs"]), batches)
+    else:
+        with choosing(model, full_width):
+            dense = reference(model, batches)
+    saved = [row["budget"] for row in model.results.get("results", [])]
+    results = evaluate(model, model.plan, model.calibration, batches, dense, budgets or saved or (0.5,))
+    return {**results, "split": which, "dense_is": "base weights" if weights is not None else "full width"}
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, for comparison with what JSON gives back."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+__all__ = ["Images", "convert", "evaluate_saved"]

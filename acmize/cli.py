@@ -1,0 +1,295 @@
+"""The command line: `acmize plan | convert | eval | quickstart`. Tables for people, `--json` for programs.
+
+Exit status: 0 done; 1 done, but a budget was missed; 2 something the user can mend, said on one line.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from acmize.__about__ import __version__
+from acmize.errors import AcmizeError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__.splitlines()[0])
+out, err = Console(), Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="timm model, such as deit_tiny_patch16_224")]
+Weights = Annotated[Path | None, typer.Option(help="safetensors file with the weights, in place of the Hub")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON, nothing else")]
+Targets = Annotated[list[str] | None, typer.Option("--target-modules", help="globs over sites, or PATH:mlp(fc1,fc2)")]
+Exclude = Annotated[list[str] | None, typer.Option(help="globs of sites that stay dense")]
+Learners = Annotated[int | None, typer.Option(help="learners a site")]
+Width = Annotated[int | None, typer.Option("--learner-dim", help="hidden units of an MLP's learner")]
+Preset = Annotated[str, typer.Option(help="default, or paper (arXiv 2312.10193)")]
+Config = Annotated[Path | None, typer.Option(help="YAML file with any option of the recipe")]
+
+
+def main() -> None:
+    """Entry point: user errors become one line and exit status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "timm", "huggingface_hub", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        app(standalone_mode=True)
+    except AcmizeError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno is None:
+            raise
+        _fail(f"{error.strerror}: {error.filename or 'output'}; free space or choose another folder")
+
+
+def _fail(message: str) -> None:
+    sys.stderr.write(f"acmize: {' '.join(message.split())}\n")
+    raise SystemExit(2)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"acmize {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    """Adaptive computation for pretrained models."""
+
+
+# --- plan -----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def plan(
+    model: Model,
+    weights: Weights = None,
+    budget: Annotated[float | None, typer.Option(help="check that this budget can be reached")] = None,
+    target_modules: Targets = None,
+    exclude: Exclude = None,
+    num_learners: Learners = None,
+    learner_dim: Width = None,
+    preset: Preset = "default",
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """What would be converted, at what size and cost, and what not and why. Nothing is changed."""
+    from acmize.hosts import make_plan
+    from acmize.models import architecture, load_model
+
+    recipe = _recipe(preset, config, _acm(num_learners, learner_dim))
+    dense = load_model(model, weights) if weights is not None else architecture(model)
+    made = make_plan(dense, recipe.acm, target_modules=target_modules or (), exclude=exclude or ())
+    if budget is not None:
+        made.check_budget(budget)
+    if as_json:
+        print(json.dumps(made.to_dict()))
+        return
+    print_plan(model, made)
+
+
+def print_plan(name: str, made: Any) -> None:
+    """The plan as a table: one row for each site, then what stays dense, then the totals."""
+    table = Table(title=f"{name}: {len(made.entries)} sites", box=None, pad_edge=False)
+    for column in ("site", "kind", "form", "learners", "width", "MMACs", "% of model", "gate %"):
+        table.add_column(column, justify="left" if column in ("site", "kind", "form") else "right")
+    for e in made.entries:
+        share, gate = 100 * e.macs / made.macs_dense, 100 * e.gate_macs * e.tokens / e.macs
+        width = f"{e.heads} x {e.bounds[-1]}" if e.heads > 1 else str(e.bounds[-1])
+        table.add_row(
+            e.fqn, e.kind, e.form, str(e.num_learners), width, f"{e.macs / 1e6:.2f}", f"{share:.2f}", f"{gate:.1f}"
+        )
+    out.print(table)
+    if made.refused:
+        stays = Table(title="stays dense", box=None, pad_edge=False)
+        stays.add_column("module")
+        stays.add_column("reason")
+        for r in made.refused:
+            stays.add_row(r.fqn, r.reason)
+        out.print(stays)
+    kinds: dict[str, int] = {}
+    for e in made.entries:
+        kinds[e.kind] = kinds.get(e.kind, 0) + 1
+    gates = sum(e.gate_macs * e.tokens for e in made.entries)
+    low, high = made.budget_range
+    mlps, rest = kinds.pop("mlp", 0), sum(kinds.values())
+    out.print(f"{mlps} MLPs, {rest} projections")
+    out.print(f"whole model {made.macs_dense / 1e9:.3f} GMACs ({2 * made.macs_dense / 1e9:.3f} GFLOPs)")
+    out.print(f"gates {gates / 1e6:.1f} MMACs ({100 * gates / made.macs_dense:.1f} %); budgets {low:.3f} to {high:.3f}")
+
+
+# --- convert --------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def convert(
+    model: Model,
+    data: Annotated[str, typer.Option(help="image folder or anything datasets.load_dataset opens")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder for the result")],
+    weights: Weights = None,
+    budget: Annotated[float | None, typer.Option(help="share of the dense MACs, 0..1")] = None,
+    phases: Annotated[str | None, typer.Option(help="all, none, or some of distill,gates,finetune")] = None,
+    preset: Preset = "default",
+    config: Config = None,
+    target_modules: Targets = None,
+    exclude: Exclude = None,
+    num_learners: Learners = None,
+    learner_dim: Width = None,
+    gate_labels: Annotated[str | None, typer.Option(help="damage, or threshold (published)")] = None,
+    merge: Annotated[int | None, typer.Option(help="tokens merged before each block")] = None,
+    epochs: Annotated[int | None, typer.Option(help="epochs of finetune")] = None,
+    limit: Annotated[int | None, typer.Option(help="samples a split at most")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="of every phase")] = None,
+    seed: Annotated[int | None, typer.Option(help="of everything drawn")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from an unfinished conversion")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a pretrained model adaptive, measure it and save it."""
+    from acmize.api import convert as run
+    from acmize.hub import base_of, save_pretrained
+    from acmize.models import load_model
+
+    flags: dict[str, Any] = {
+        **_acm(num_learners, learner_dim),
+        **_given(budget=budget, limit=limit, batch_size=batch_size, seed=seed, merge=merge, data=data),
+        **_given(target_modules=_tuple(target_modules), exclude=_tuple(exclude), phases=_phases(phases)),
+    }
+    if gate_labels is not None:
+        flags["gates"] = {"labels": gate_labels}
+    if epochs is not None:
+        flags["train"] = {"epochs": epochs}
+    recipe = _recipe(preset, config, flags)
+    _writable(output)
+    dense = load_model(model, weights)
+    work = output.with_name(output.name + ".work")
+    made = run(dense, data=data, recipe=recipe, base=base_of(dense), work=work, resume=resume)
+    save_pretrained(made, output)
+    _report(made.results, as_json)
+
+
+def _report(results: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(results))
+    else:
+        print_results(results)
+    missed = [row["missed"] for row in results["results"] if row.get("missed")]
+    for line in missed:
+        err.print(f"acmize: {line}", style="bold red", highlight=False)
+    if missed:
+        raise typer.Exit(1)
+
+
+def print_results(results: dict[str, Any], latency: bool = False) -> None:
+    """Budget, realised MACs, accuracy, agreement with dense and spread over samples; findings below."""
+    table = Table(box=None, pad_edge=False)
+    columns = ["budget", "MACs ratio", "+- sample", "top-1 %", "agreement %"] + (
+        ["ms/image", "speedup"] if latency else []
+    )
+    for column in columns:
+        table.add_column(column, justify="right")
+    dense = results["dense"]
+    row = ["dense", "1.000", "-", _percent(dense["accuracy"]), "100.0"]
+    table.add_row(*row, *([f"{dense['latency_ms']:.2f}", "1.00"] if latency else []))
+    for r in results["results"]:
+        row = [f"{r['budget']:g}", f"{r['macs_ratio']:.3f}", f"{r['macs_ratio_std']:.3f}"]
+        row += [_percent(r["accuracy"]), _percent(r["agreement"])]
+        if latency:
+            row += [f"{r['latency_ms']:.2f}", f"{dense['latency_ms'] / r['latency_ms']:.2f}"]
+        table.add_row(*row)
+    out.print(table)
+    out.print(
+        f"{results['samples']} {results.get('split', 'test')} samples; dense {dense['macs'] / 1e9:.3f} GMACs a sample"
+    )
+    for finding in results.get("findings", []):
+        if finding["kind"] != "idle":
+            out.print(f"! {finding['message']}", highlight=False)
+
+
+def _percent(x: float | None) -> str:
+    return "-" if x is None else f"{100 * x:.1f}"
+
+
+# --- eval, quickstart -----------------------------------------------------------------------------------------
+
+
+@app.command("eval")
+def evaluate_(
+    source: Annotated[str, typer.Argument(metavar="DIR", help="folder or Hub repository of an adaptive model")],
+    data: Annotated[str, typer.Option(help="evaluation data; its test split is used")],
+    budget: Annotated[list[float] | None, typer.Option(help="budgets; default: those it was saved with")] = None,
+    weights: Annotated[Path | None, typer.Option(help="weights of the dense model, to compare with")] = None,
+    limit: Annotated[int | None, typer.Option(help="samples at most")] = None,
+    batch_size: Annotated[int, typer.Option()] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Accuracy against executed MACs of a saved model, for a list of budgets."""
+    from acmize.api import evaluate_saved
+    from acmize.hub import from_pretrained
+
+    model = from_pretrained(source)
+    results = evaluate_saved(model, data, budget, weights=weights, limit=limit, batch_size=batch_size)
+    _report(results, as_json)
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder for the result")] = Path("acmize-quickstart"),
+    as_json: AsJson = False,
+) -> None:
+    """The whole way on what the package carries, offline: a small ViT and scikit-learn's digits."""
+    from acmize.quickstart import run
+
+    results = run(output)
+    if as_json:
+        print(json.dumps(results))
+        return
+    print_results(results, latency=True)
+    out.print(f"saved in {output}: acmize.from_pretrained({str(output)!r}).set_budget(0.6)", highlight=False)
+
+
+# --- options --------------------------------------------------------------------------------------------------
+
+
+def _recipe(preset: str, config: Path | None, flags: dict[str, Any]) -> Any:
+    from acmize.recipe import read_config, resolve
+
+    layers = [read_config(config)] if config is not None else []
+    return resolve(*layers, flags, preset_name=preset)
+
+
+def _acm(num_learners: int | None, learner_dim: int | None) -> dict[str, Any]:
+    given = _given(num_learners=num_learners, learner_dim=learner_dim)
+    return {"acm": given} if given else {}
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {k: v for k, v in options.items() if v is not None}
+
+
+def _tuple(values: list[str] | None) -> tuple[str, ...] | None:
+    return None if not values else tuple(values)
+
+
+def _phases(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    named = {"all": "distill,gates,finetune", "none": ""}.get(text, text)
+    return tuple(p.strip() for p in named.split(",") if p.strip())
+
+
+def _writable(folder: Path) -> None:
+    if (
+        folder.exists()
+        and not (folder / "plan.json").exists()
+        and any(folder.iterdir() if folder.is_dir() else [folder])
+    ):
+        raise AcmizeError(f"--output {folder}: exists and is not a saved acmize model; choose another folder")
+
+
+__all__ = ["app", "main", "print_plan", "print_results"]

@@ -1,0 +1,44 @@
+"""Insert planned adaptive modules: validate everything, then change everything."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from acmize.errors import AcmizeError
+from acmize.plan import Plan
+from acmize.registry import method_for
+
+
+def convert_(model: nn.Module, plan: Plan) -> nn.Module:
+    """Replace the planned sites in place. Parameters of the new modules are fresh: see `init.init_` for the rest.
+
+    Args:
+        model: a dense model that the plan was made from, or one built alike.
+        plan: from `make_plan` or a saved model.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AcmizeError: the model does not fit the plan; it is unchanged then.
+    """
+    modules = dict(model.named_modules())
+    method = method_for(plan.config)
+    made: dict[str, nn.Module] = {}
+    for target, entries in plan.by_target().items():
+        for path in (target, *entries[0].roles.values()):
+            if path not in modules:
+                raise AcmizeError(
+                    f"{path}: in the plan but not in this {type(model).__name__}; use the model it was made for"
+                )
+        try:
+            made |= method.build(modules, entries, plan.config, plan.macs_dense)
+        except (RuntimeError, AttributeError, KeyError) as error:
+            raise AcmizeError(f"{target}: this model's layer does not fit the plan ({error})") from None
+    reference = next(model.parameters())
+    for path, module in made.items():
+        parent, _, name = path.rpartition(".")
+        module.to(device=reference.device, dtype=reference.dtype)
+        module.train(model.training)
+        setattr(model.get_submodule(parent), name, module)
+    return model

@@ -1,0 +1,65 @@
+"""MACs of a whole model, counted and analytic. FLOPs = 2 x MACs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients inside the context; the training flags come back after it."""
+    flags = [(m, m.training) for model in models for m in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def count_macs(model: nn.Module, *inputs: Any) -> int:
+    """MACs that one forward really does: matrix products, convolutions and attention, by `FlopCounterMode`.
+
+    Args:
+        model: any module.
+        inputs: its positional inputs.
+
+    Returns:
+        Multiply-adds of the whole forward.
+    """
+    counter = FlopCounterMode(display=False)
+    with evaluating(model), sdpa_kernel(SDPBackend.MATH), counter:
+        model(*inputs)
+    return counter.get_total_flops() // 2
+
+
+def tokens_at(model: nn.Module, names: list[str], *inputs: Any) -> dict[str, int]:
+    """How many tokens (rows of its matrix product) each named linear layer sees in one forward."""
+    modules, counts, handles = dict(model.named_modules()), {}, []
+
+    def hook(name: str, channels_first: bool) -> Any:
+        def count(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            width = output.shape[1] if channels_first else output.shape[-1]
+            counts[name] = counts.get(name, 0) + output.numel() // width
+
+        return count
+
+    for name in names:
+        module = modules[name]
+        handles.append(module.register_forward_hook(hook(name, isinstance(module, nn.Conv2d))))
+    try:
+        with evaluating(model):
+            model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counts

@@ -1,0 +1,208 @@
+"""Images through the model's own preprocessing: `open_images`, `ImageSet`, the transforms, `loader`.
+
+Opening data sets lies in splits.py; order, augmentation seeds, caching and mixing in batches.py. Both are
+meant to be imported from here.
+
+Shape suffixes: N images of a split, B batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from PIL import Image
+from timm.data.config import resolve_data_config
+from timm.data.transforms_factory import create_transform
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from acmize.batches import CachedImages, Loader, SeededMixup, Stream, cached, loader, mixup, seeded
+from acmize.errors import AcmizeError
+from acmize.splits import NO_LABEL, ImageSplits, labels_of, open_images, split_holdout
+
+if TYPE_CHECKING:
+    import datasets
+
+__all__ = [
+    "NO_LABEL",
+    "CachedImages",
+    "ImageSet",
+    "ImageSplits",
+    "Loader",
+    "SeededMixup",
+    "Transform",
+    "cached",
+    "data_config",
+    "eval_transform",
+    "loader",
+    "mixup",
+    "open_images",
+    "split_holdout",
+    "train_transform",
+]
+
+Transform: TypeAlias = Callable[[Image.Image], Tensor]
+_MODES = {1: "L", 3: "RGB"}
+
+
+class ImageSet(Dataset):
+    """Items `(x_CHW float32, label int)`; the label is -1 where there is none.
+
+    An item depends on (seed, epoch, index) alone. Stored EXIF orientation is ignored, as in the usual
+    evaluation of ImageNet models.
+
+    Args:
+        data: Images and labels, as in `ImageSplits`.
+        transform: From a PIL image to x_CHW, such as `eval_transform(model)`.
+        image_column: Column with the images.
+        label_column: Column with the class indices, or None.
+        in_chans: Channels that the model takes: 3 (RGB) or 1 (grey).
+        seed: Seed of the augmentation.
+    """
+
+    def __init__(
+        self,
+        data: datasets.Dataset,
+        transform: Transform,
+        *,
+        image_column: str = "image",
+        label_column: str | None = "label",
+        in_chans: int = 3,
+        seed: int = 0,
+    ) -> None:
+        import datasets
+
+        if in_chans not in _MODES:
+            raise AcmizeError(f"in_chans: found {in_chans}, expected 1 (grey) or 3 (RGB); bring your own data set")
+        # Decoding here, not in `datasets`, names the file of a broken image and leaves the orientation alone.
+        self._images = data.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        self._image_column = image_column
+        self._mode = _MODES[in_chans]
+        self.transform = transform
+        self.seed = seed
+        self.epoch = 0
+        self.labels_N = labels_of(data, label_column)
+
+    @classmethod
+    def of(
+        cls,
+        splits: ImageSplits,
+        which: Literal["train", "test"],
+        model: nn.Module,
+        *,
+        transform: Transform | None = None,
+        seed: int = 0,
+    ) -> ImageSet:
+        """Make the set of a split as `model` wants it, with `eval_transform(model)` unless told otherwise."""
+        return cls(
+            splits.split(which),
+            transform or eval_transform(model),
+            image_column=splits.image_column,
+            label_column=splits.label_column,
+            in_chans=data_config(model)["input_size"][0],
+            seed=seed,
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose augmentation the items have."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self._decode(index)
+        with seeded(Stream.AUGMENT, self.seed, self.epoch, index):
+            return self.transform(image), int(self.labels_N[index])
+
+    def _decode(self, index: int) -> Image.Image:
+        stored = self._images[index][self._image_column]
+        if stored is None:
+            raise AcmizeError(f"image {index}: found none, expected an image; take the row out of the data")
+        where = stored["path"] or "stored in the data"
+        try:
+            with Image.open(io.BytesIO(_bytes(stored))) as image:
+                if image.mode == "P" and "transparency" in image.info:
+                    return image.convert("RGBA").convert(self._mode)  # what Pillow asks for here
+                return image.convert(self._mode)
+        except Exception as error:  # Pillow raises many kinds; each means that this image cannot be read
+            why = str(error) or type(error).__name__
+            raise AcmizeError(
+                f"image {index} ({where}): expected a readable image, found: {why}; repair it or take it out"
+            ) from error
+
+
+def data_config(model: nn.Module) -> dict[str, Any]:
+    """Return how the model wants its images: timm's data config, with the input size it really has.
+
+    Raises:
+        AcmizeError: The model does not say (it has no `pretrained_cfg`).
+    """
+    stated = getattr(model, "pretrained_cfg", None)
+    if not stated:
+        raise AcmizeError(
+            f"{type(model).__name__}: found no pretrained_cfg, expected one with input_size, mean and std; "
+            "set model.pretrained_cfg, or pass your own transform"
+        )
+    config = resolve_data_config({}, pretrained_cfg=stated)
+    # timm keeps the pretrained size in the config when img_size=... or in_chans=... ask for another.
+    embed = getattr(model, "patch_embed", None)
+    channels, *size = config["input_size"]
+    size = getattr(embed, "img_size", None) or size
+    channels = getattr(getattr(embed, "proj", None), "in_channels", channels)
+    config["input_size"] = (channels, *size)
+    for key in ("mean", "std"):
+        if len(config[key]) != channels:
+            config[key] = (sum(config[key]) / len(config[key]),) * channels
+    return config
+
+
+def eval_transform(model: nn.Module) -> Transform:
+    """Return timm's transform for evaluation: resize, centre crop, normalise; PIL image to x_CHW float32."""
+    return create_transform(**data_config(model), is_training=False)  # type: ignore[return-value]
+
+
+def train_transform(
+    model: nn.Module,
+    *,
+    crop_scale: tuple[float, float] = (0.35, 1.0),
+    hflip: float = 0.5,
+    randaugment: str | None = "rand-m6-n2-mstd0.5",
+    color_jitter: float | None = None,
+) -> Transform:
+    """Return timm's transform for training: random crop, flip, RandAugment; PIL image to x_CHW float32.
+
+    Args:
+        model: The model that the images are for.
+        crop_scale: Least and largest share of the image's area that a crop takes.
+        hflip: Probability of a flip from left to right.
+        randaugment: timm's `auto_augment` string, or None for none.
+        color_jitter: Strength of brightness, contrast and saturation changes, or None.
+    """
+    config = data_config(model)
+    return create_transform(
+        config["input_size"],
+        is_training=True,
+        scale=crop_scale,
+        hflip=hflip,
+        auto_augment=randaugment,
+        color_jitter=color_jitter,  # type: ignore[arg-type] - timm takes None for none
+        interpolation=config["interpolation"],
+        mean=config["mean"],
+        std=config["std"],
+    )
+
+
+def _bytes(stored: dict[str, Any]) -> bytes:
+    """Return the file's content: kept in the data, or read from where it lies (perhaps inside an archive)."""
+    if stored["bytes"] is not None:
+        return stored["bytes"]
+    if "://" not in stored["path"]:
+        return Path(stored["path"]).read_bytes()
+    import fsspec
+
+    with fsspec.open(stored["path"], "rb") as file:
+        return file.read()  # type: ignore[union-attr] - one path gives one file

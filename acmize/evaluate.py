@@ -1,0 +1,110 @@
+"""Accuracy against executed MACs: of the gated model at a list of budgets, and of controls at equal MACs.
+
+Shapes: B samples, C classes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from acmize.cost import evaluating
+from acmize.damage import logits_of
+from acmize.gates import Choose, choosing, record
+from acmize.phases.calibrate import Calibration, missed, set_budget
+from acmize.plan import Plan
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """The dense model's answers on the evaluation data, computed once: logits (B, C), labels (B,) with -1 unknown."""
+
+    logits: Tensor
+    labels: Tensor
+    seconds: float
+
+    @property
+    def accuracy(self) -> float | None:
+        """Top-1 accuracy, or None without labels."""
+        return top1(self.logits, self.labels)
+
+
+def top1(logits: Tensor, labels: Tensor) -> float | None:
+    """Share of labelled samples whose label has the largest logit; None without labels."""
+    known = labels >= 0
+    if not known.any():
+        return None
+    return (logits.argmax(-1) == labels)[known].double().mean().item()
+
+
+def reference(dense: nn.Module, batches: Iterable[Batch]) -> Reference:
+    """Run the dense model over (inputs, labels) batches."""
+    logits, labels, start = [], [], time.perf_counter()
+    with evaluating(dense):
+        for inputs, target in batches:
+            logits.append(logits_of(dense(inputs)).float().cpu())
+            labels.append(target.cpu())
+    return Reference(logits=torch.cat(logits), labels=torch.cat(labels), seconds=time.perf_counter() - start)
+
+
+def evaluate_at(
+    model: nn.Module, plan: Plan, batches: Iterable[Batch], dense: Reference, choose: Choose | None = None
+) -> dict[str, Any]:
+    """Metric and executed work of the model as its gates stand (or as `choose` forces them).
+
+    Returns:
+        accuracy (None without labels), agreement with the dense model's top-1, kl to it, macs_ratio (mean of samples),
+        macs_ratio_std (spread over samples), seconds, sites (entry -> mean share of its learners that ran).
+    """
+    logits, shares, load, start = [], [], {}, time.perf_counter()
+    with evaluating(model), choosing(model, choose):
+        for inputs, _ in batches:
+            with record(model, len(inputs)) as seen:
+                logits.append(logits_of(model(inputs)).float().cpu())
+            shares.append((plan.macs_fixed + seen.executed().double().cpu()) / plan.macs_dense)
+            for name, parts in seen.macs.items():
+                load.setdefault(name, []).append((parts[-1] / seen.most[name]).cpu())
+    out, ratio = torch.cat(logits), torch.cat(shares)
+    teacher = dense.logits.log_softmax(-1)
+    return {
+        "macs_ratio": ratio.mean().item(),
+        "macs_ratio_std": ratio.std(correction=0).item(),
+        "macs": ratio.mean().item() * plan.macs_dense,
+        "accuracy": top1(out, dense.labels),
+        "agreement": (out.argmax(-1) == dense.logits.argmax(-1)).double().mean().item(),
+        "kl": (teacher.exp() * (teacher - out.log_softmax(-1))).sum(-1).mean().item(),
+        "seconds": time.perf_counter() - start,
+        "sites": {name: torch.cat(parts).mean().item() for name, parts in load.items()},
+    }
+
+
+def evaluate(
+    model: nn.Module,
+    plan: Plan,
+    calibration: Calibration,
+    batches: Sequence[Batch],
+    dense: Reference,
+    budgets: Sequence[float],
+) -> dict[str, Any]:
+    """The results of a conversion: `{"dense": {...}, "results": [{"budget": ..., "macs_ratio": ..., ...}, ...]}`.
+
+    A budget missed by more than the tolerance carries its warning under "missed".
+    """
+    results = []
+    for budget in budgets:
+        set_budget(model, plan, calibration, budget)
+        row = {"budget": budget, **evaluate_at(model, plan, batches, dense)}
+        row["missed"] = missed(budget, row["macs_ratio"])
+        results.append(row)
+    return {
+        "dense": {"accuracy": dense.accuracy, "macs": plan.macs_dense, "seconds": dense.seconds},
+        "samples": len(dense.labels),
+        "results": results,
+    }

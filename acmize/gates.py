@@ -1,0 +1,324 @@
+"""Gates: how a token's compute is chosen, with one price for every site, and how choices are recorded.
+
+A gate reads the input of its module and gives each of its G groups (a projection, an MLP) an energy for each of its
+N + 1 choices; the choice of least energy runs. Two kinds:
+
+    DamageGate          energy(k) = damage(k) + price * cost(k): damage is the predicted squared change of the model's
+                        loss when only k learners run, cost the share of the dense model's MACs. (METHODS of this
+                        project; docs/methods.md.)
+    ClassificationGate  energy(k) = -log softmax(logits)(k) + price * cost(k) / cost(N): the published gate
+                        (arXiv 2312.10193, sect. 3.2) at price 0.
+
+In training the choice is straight-through: learner n is multiplied by `keep[n]`, hard forward, soft backward.
+
+Shapes: ... any leading axes (batch, tokens), D input width, G groups, N learners.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Choose = Callable[["Gate", Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a gate decided: `choice` (..., G) learners to run; `keep` (..., G, N), 1 where a learner runs.
+
+    `keep` is None in plain inference; where it is set it carries the gradient.
+    """
+
+    choice: Tensor
+    keep: Tensor | None = None
+
+    def group(self, g: int) -> Decision:
+        """The decision of one group: choice (...), keep (..., N)."""
+        return Decision(self.choice[..., g], None if self.keep is None else self.keep[..., g, :])
+
+    def keep_or_hard(self, num_learners: int, dtype: torch.dtype) -> Tensor:
+        """`keep`, or the hard 0/1 mask of `choice`."""
+        if self.keep is not None:
+            return self.keep.to(dtype)
+        return hard_keep(self.choice, num_learners).to(dtype)
+
+
+def hard_keep(choice: Tensor, num_learners: int) -> Tensor:
+    """(...) choices -> (..., N) bool, True for the learners that run."""
+    return torch.arange(num_learners, device=choice.device) < choice.unsqueeze(-1)
+
+
+class Gate(nn.Module):
+    """Base of all gates: from energies to a decision.
+
+    Args:
+        learner_macs: (G, N) MACs a token that each further learner of each group costs.
+        macs_total: MACs of the whole dense model for the same unit of input divided by nothing: the unit of `cost`.
+        min_choice: the least number of learners that may run.
+    """
+
+    dial_range: tuple[float, float]
+    learner_macs: Tensor
+    cost: Tensor
+    price: Tensor
+
+    def __init__(self, learner_macs: list[tuple[int, ...]], macs_total: int, min_choice: int = 0) -> None:
+        super().__init__()
+        macs = torch.tensor(learner_macs, dtype=torch.float32)
+        self.groups, self.num_learners = macs.shape
+        self.min_choice = min_choice
+        cost = F.pad(macs.cumsum(-1), (1, 0)) / macs_total
+        self.register_buffer("learner_macs", macs, persistent=False)
+        self.register_buffer("cost", cost, persistent=False)  # (G, N + 1), share of the dense model's MACs a token
+        self.register_buffer("price", torch.zeros(()))
+        self.temperature = 0.1
+        self.choose: Choose | None = None  # overrides the energies: full width, static, random
+        self.probe = False  # make `keep` a leaf whose gradient is wanted
+
+    def energies(self, x: Tensor) -> Tensor:
+        """X (..., D) -> (..., G, N + 1): the choice of least energy is taken."""
+        raise TypeError(f"{type(self).__name__} has no energies")
+
+    def price_at(self, dial: float) -> float:
+        """The price at a position of the dial: 0 (most compute) to 1 (least)."""
+        raise TypeError(f"{type(self).__name__} has no dial")
+
+    def forward(self, x: Tensor) -> Decision:
+        """X (..., D) -> decision with choice (..., G)."""
+        if self.choose is not None:
+            choice = self.choose(self, x)
+        else:
+            energy = self.energies(x)
+            if self.min_choice:
+                energy = energy[..., self.min_choice :]
+            if self.training:
+                return self._straight_through(energy)
+            choice = energy.argmin(-1) + self.min_choice
+        if self.probe:
+            return Decision(choice, hard_keep(choice, self.num_learners).float().requires_grad_())
+        return Decision(choice)
+
+    def soft_scores(self, energy: Tensor) -> Tensor:
+        """Energies in units of the temperature, for the soft distribution over choices."""
+        return -energy / self.temperature
+
+    def _straight_through(self, energy: Tensor) -> Decision:
+        p = self.soft_scores(energy).softmax(-1)
+        choice = self._sample(energy)
+        soft = p.flip(-1).cumsum(-1).flip(-1)[..., 1:]  # P(choice >= n + 1)
+        if self.min_choice:
+            soft = F.pad(soft, (self.min_choice, 0), value=1.0)
+        hard = hard_keep(choice, self.num_learners).to(soft.dtype)
+        return Decision(choice, hard + (soft - soft.detach()))
+
+    def _sample(self, energy: Tensor) -> Tensor:
+        return energy.argmin(-1) + self.min_choice
+
+
+class DamageGate(Gate):
+    """Predicts log damage and weighs it against the price of MACs.
+
+    Args:
+        dim: input width D.
+        hidden: width of the one hidden layer, shared by the groups.
+        learner_macs: (G, N) MACs of each learner, a token.
+        macs_total: MACs of the whole dense model.
+        min_choice: least number of learners.
+    """
+
+    dial_range = (1e-7, 1e4)
+
+    def __init__(
+        self, dim: int, hidden: int, learner_macs: list[tuple[int, ...]], macs_total: int, min_choice: int = 0
+    ) -> None:
+        super().__init__(learner_macs, macs_total, min_choice)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, self.groups * self.num_learners)
+
+    def log_damage(self, x: Tensor) -> Tensor:
+        """X (..., D) -> (..., G, N): log damage of running 0..N-1 learners (running all does none)."""
+        eta = self.fc2(F.gelu(self.fc1(x))).unflatten(-1, (self.groups, self.num_learners))
+        return eta.float().clamp(-25.0, 10.0)
+
+    def energies(self, x: Tensor) -> Tensor:
+        """Damage plus price times cost; more learners never count as more damage."""
+        log_damage = self.log_damage(x).flip(-1).cummax(-1)[0].flip(-1)
+        return F.pad(log_damage.exp(), (0, 1)) + self.price * self.cost
+
+    def soft_scores(self, energy: Tensor) -> Tensor:
+        """In units of the price of the whole site, so that one temperature suits every site and budget."""
+        unit = self.price * self.cost[:, -1:]
+        return -(energy / unit) / self.temperature
+
+    def price_at(self, dial: float) -> float:
+        """Logarithmic: damage spans many orders of magnitude."""
+        low, high = map(math.log, self.dial_range)
+        return math.exp(low + dial * (high - low))
+
+
+class ClassificationGate(Gate):
+    """The published gate: D -> hidden -> hidden -> choices, Gumbel-softmax in training, argmax in inference."""
+
+    dial_range = (-30.0, 30.0)
+
+    def __init__(
+        self, dim: int, hidden: int, learner_macs: list[tuple[int, ...]], macs_total: int, min_choice: int = 0
+    ) -> None:
+        super().__init__(learner_macs, macs_total, min_choice)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, hidden)
+        self.fc3 = nn.Linear(hidden, self.groups * (self.num_learners + 1))
+        self.temperature = 0.8
+
+    def logits(self, x: Tensor) -> Tensor:
+        """X (..., D) -> (..., G, N + 1) gate logits, one for each choice."""
+        h = F.gelu(self.fc2(F.gelu(self.fc1(x))))
+        return self.fc3(h).unflatten(-1, (self.groups, self.num_learners + 1)).float()
+
+    def energies(self, x: Tensor) -> Tensor:
+        """Negative log probability plus the price of the share of the site's own work."""
+        return -self.logits(x).log_softmax(-1) + self.price * self.cost / self.cost[:, -1:]
+
+    def price_at(self, dial: float) -> float:
+        """Linear and signed: 0.5 is the gate as trained."""
+        low, high = self.dial_range
+        return low + dial * (high - low)
+
+    def _straight_through(self, energy: Tensor) -> Decision:
+        noise = -torch.empty_like(energy).exponential_().log()
+        return super()._straight_through(energy - noise)
+
+
+# --- one price for the model ----------------------------------------------------------------------------------
+
+
+def gates_of(model: nn.Module) -> list[Gate]:
+    """All gates of a model, in order."""
+    return [m for m in model.modules() if isinstance(m, Gate)]
+
+
+def set_dial(model: nn.Module, dial: float) -> None:
+    """Set every gate's price to the one at this position of the dial, 0 (most compute) to 1 (least)."""
+    for gate in gates_of(model):
+        gate.price.fill_(gate.price_at(dial))
+
+
+def full_width(gate: Gate, x: Tensor) -> Tensor:
+    """A `Choose`: every token runs every learner."""
+    return torch.full((*x.shape[:-1], gate.groups), gate.num_learners, device=x.device)
+
+
+@contextmanager
+def choosing(model: nn.Module, choose: Choose | None, probe: bool = False) -> Iterator[None]:
+    """Replace every gate's decision inside the context (None: keep it), and probe `keep` for its gradient."""
+    gates = gates_of(model)
+    before = [(g.choose, g.probe) for g in gates]
+    for gate in gates:
+        gate.choose, gate.probe = choose or gate.choose, probe
+    try:
+        yield
+    finally:
+        for gate, (old, probed) in zip(gates, before, strict=True):
+            gate.choose, gate.probe = old, probed
+
+
+# --- recording ------------------------------------------------------------------------------------------------
+
+
+class AdaptiveModule(nn.Module):
+    """Base of what methods insert: a gate, a name for each of its groups, and a place for a recorder.
+
+    Subclasses call `decide(x)` once a forward and implement `forward_reference(x, decision)`.
+    """
+
+    gate: Gate
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.names = names  # entries of the plan, one a group
+        self.recorder: Recorder | None = None
+
+    def decide(self, x: Tensor) -> Decision:
+        """Ask the gate about x (..., D), tokens on the leading axes, and tell the recorder."""
+        decision = self.gate(x)
+        if self.recorder is not None:
+            self.recorder.add(self, x, decision)
+        return decision
+
+    def split_output(self, y: Tensor) -> list[Tensor]:
+        """The module's output (M, O) -> the share of each group of the gate."""
+        return [y]
+
+    def macs(self, decision: Decision) -> Tensor:
+        """Executed MACs (..., G) of a decision, the gate not included."""
+        table = F.pad(self.gate.learner_macs.cumsum(-1), (1, 0))
+        return table.gather(1, decision.choice.flatten(0, -2).T).T.unflatten(0, decision.choice.shape[:-1])
+
+
+@dataclass
+class Recorder:
+    """Collects decisions while a `record()` context is open.
+
+    Attributes:
+        samples: samples in the batch: leading axes are folded to it, so that windows belong to their image.
+        keep_inputs: also keep the gates' inputs and decisions (for fitting and heat maps).
+        macs: entry -> list of (samples,) executed MACs of the site, a tensor a forward.
+        expected: entry -> list of (samples,) MACs through `keep`, differentiable.
+        most: entry -> list of MACs a sample if every learner ran.
+        choices: entry -> histogram (N + 1,) of choices.
+        seen: module -> (input, decision), when `keep_inputs`.
+    """
+
+    samples: int
+    keep_inputs: bool = False
+    macs: dict[str, list[Tensor]] = field(default_factory=dict)
+    expected: dict[str, list[Tensor]] = field(default_factory=dict)
+    most: dict[str, float] = field(default_factory=dict)
+    choices: dict[str, Tensor] = field(default_factory=dict)
+    per_token: dict[str, Tensor] = field(default_factory=dict)
+    seen: list[tuple[AdaptiveModule, Tensor, Decision]] = field(default_factory=list)
+
+    def add(self, module: AdaptiveModule, x: Tensor, decision: Decision) -> None:
+        """Called by the adaptive modules."""
+        gate = module.gate
+        if self.keep_inputs:
+            self.seen.append((module, x, decision))
+        executed = module.macs(decision).detach()
+        for g, name in enumerate(module.names):
+            one = decision.group(g)
+            self.macs.setdefault(name, []).append(executed[..., g].reshape(self.samples, -1).sum(1))
+            self.most[name] = float(gate.learner_macs[g].sum()) * one.choice.numel() / self.samples
+            histogram = torch.bincount(one.choice.reshape(-1), minlength=gate.num_learners + 1)
+            self.choices[name] = self.choices.get(name, 0) + histogram
+            self.per_token[name] = one.choice.reshape(self.samples, -1)
+            if one.keep is not None:
+                soft = (one.keep * gate.learner_macs[g]).sum(-1)
+                self.expected.setdefault(name, []).append(soft.reshape(self.samples, -1).sum(1))
+
+    def executed(self) -> Tensor:
+        """(samples,) executed MACs of all adaptive sites in the last forward."""
+        return torch.stack([parts[-1] for parts in self.macs.values()]).sum(0)
+
+    def differentiable(self) -> Tensor:
+        """(samples,) the same through `keep`: hard value, soft gradient."""
+        return torch.stack([parts[-1] for parts in self.expected.values()]).sum(0)
+
+
+@contextmanager
+def record(model: nn.Module, samples: int, keep_inputs: bool = False) -> Iterator[Recorder]:
+    """Record the decisions of every adaptive module while the context is open."""
+    recorder = Recorder(samples, keep_inputs)
+    modules = [m for m in model.modules() if isinstance(m, AdaptiveModule)]
+    for module in modules:
+        module.recorder = recorder
+    try:
+        yield recorder
+    finally:
+        for module in modules:
+            module.recorder = None

@@ -1,0 +1,321 @@
+"""Where a model can be made adaptive. The only file that knows class names of timm and transformers.
+
+Classes are matched exactly: a subclass may read a layer's `.weight` past its forward, as BEiT's attention does, so what
+is not known is refused by name with the reason. A user's own module is converted by naming its sites.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from acmize.cost import count_macs, tokens_at
+from acmize.errors import AcmizeError
+from acmize.plan import Plan, PlanEntry, Refusal, Site
+from acmize.registry import Refused, method_for
+
+Found = list[Site | Refusal]
+Handler = Callable[[str, Any], Found]
+_HANDLERS: dict[type, Handler] = {}
+
+
+def _handles(*paths: str) -> Callable[[Handler], Handler]:
+    """Register a handler for exact classes by their import path; paths that this version lacks are passed over."""
+
+    def decorate(handler: Handler) -> Handler:
+        for path in paths:
+            module, _, name = path.rpartition(".")
+            try:
+                cls = getattr(importlib.import_module(module), name, None)
+            except ImportError:
+                cls = None
+            if cls is not None:
+                _HANDLERS[cls] = handler
+        return handler
+
+    return decorate
+
+
+# --- timm -----------------------------------------------------------------------------------------------------
+
+
+def _plain(module: Any) -> bool:
+    return module is None or type(module) is nn.Identity
+
+
+def _drop(module: Any, name: str) -> float:
+    return float(getattr(getattr(module, name, None), "p", 0.0))
+
+
+@_handles("timm.layers.Mlp", "timm.layers.ConvMlp")
+def _mlp(fqn: str, module: Any) -> Found:
+    if not _plain(getattr(module, "norm", None)):
+        return [Refusal(fqn=fqn, reason=f"a {type(module.norm).__name__} between fc1 and fc2 reads every hidden unit")]
+    roles = {"module": fqn, "fc1": f"{fqn}.fc1", "fc2": f"{fqn}.fc2", "act": f"{fqn}.act"}
+    drop1 = _drop(module, "drop1") or _drop(module, "drop")
+    first = isinstance(module.fc1, nn.Conv2d)
+    options = {"channels_first": first, "drop1": drop1, "drop2": _drop(module, "drop2")}
+    return [Site(fqn=fqn, kind="mlp", roles=roles, options=options)]
+
+
+@_handles("timm.layers.SwiGLU")
+def _swiglu(fqn: str, module: Any) -> Found:
+    if not _plain(module.norm):
+        return [Refusal(fqn=fqn, reason=f"a {type(module.norm).__name__} between fc1 and fc2 reads every hidden unit")]
+    roles = {"module": fqn, "fc1": f"{fqn}.fc1_x", "fc1_gate": f"{fqn}.fc1_g", "fc2": f"{fqn}.fc2", "act": f"{fqn}.act"}
+    options = {"gated": True, "drop1": _drop(module, "drop1"), "drop2": _drop(module, "drop2")}
+    return [Site(fqn=fqn, kind="mlp", roles=roles, options=options)]
+
+
+@_handles("timm.layers.GluMlp")
+def _glu(fqn: str, module: Any) -> Found:
+    if not _plain(module.norm):
+        return [Refusal(fqn=fqn, reason=f"a {type(module.norm).__name__} between fc1 and fc2 reads every hidden unit")]
+    if isinstance(module.fc1, nn.Conv2d):
+        return [Refusal(fqn=fqn, reason="gated MLP of convolutions")]
+    roles = {"module": fqn, "fc1": f"{fqn}.fc1", "fc2": f"{fqn}.fc2", "act": f"{fqn}.act"}
+    packed = "gate_last" if getattr(module, "gate_last", True) else "gate_first"
+    options = {"gated": True, "packed": packed, "drop1": _drop(module, "drop1"), "drop2": _drop(module, "drop2")}
+    return [Site(fqn=fqn, kind="mlp", roles=roles, options=options)]
+
+
+@_handles("timm.layers.GlobalResponseNormMlp", "timm.layers.GatedMlp")
+def _unsound_mlp(fqn: str, module: Any) -> Found:
+    return [Refusal(fqn=fqn, reason=f"{type(module).__name__} mixes hidden units before its second layer")]
+
+
+@_handles(
+    "timm.models.vision_transformer.Attention",
+    "timm.layers.Attention",
+    "timm.layers.attention.Attention",
+    "timm.layers.attention.AttentionRope",
+    "timm.layers.AttentionRope",
+    "timm.models.eva.EvaAttention",
+)
+def _attention(fqn: str, module: Any) -> Found:
+    rope = "Rope" in type(module).__name__ or "Eva" in type(module).__name__
+    if getattr(module, "num_kv_groups", 1) > 1:
+        return [Refusal(fqn=fqn, reason="grouped-query attention: heads share keys and values")]
+    normed = not (_plain(getattr(module, "q_norm", None)) and _plain(getattr(module, "k_norm", None)))
+    between = not _plain(getattr(module, "norm", None)) or getattr(module, "gate", None) is not None
+    notes: Found = []
+    if rope or normed:
+        why = "rotary positions act" if rope else "a norm acts"
+        notes.append(Refusal(fqn=f"{fqn}.q, {fqn}.k", reason=f"{why} on q and k before their product"))
+    if between:
+        notes.append(Refusal(fqn=f"{fqn}.v, {fqn}.proj", reason="a norm or gate lies between the values and proj"))
+    if (rope or normed) and between:
+        return notes
+    options = {"heads": module.num_heads, "rotate_qk": not (rope or normed), "rotate_vo": not between}
+    roles = {"out": f"{fqn}.proj"}
+    if getattr(module, "qkv", None) is not None:
+        if getattr(module, "q_bias", None) is not None:
+            return [Refusal(fqn=fqn, reason="its forward reads qkv.weight directly, so qkv cannot be replaced")]
+        roles["qkv"] = f"{fqn}.qkv"
+    else:
+        roles |= {part: f"{fqn}.{part}_proj" for part in "qkv"}
+    return [*notes, Site(fqn=fqn, kind="attention", roles=roles, options=options)]
+
+
+@_handles("timm.models.beit.Attention")
+def _beit_attention(fqn: str, _module: Any) -> Found:
+    return [Refusal(fqn=fqn, reason="its forward reads qkv.weight directly, so qkv cannot be replaced")]
+
+
+@_handles("timm.models.swin_transformer.WindowAttention")
+def _window_attention(fqn: str, _module: Any) -> Found:
+    return [Refusal(fqn=fqn, reason="window attention: only the MLPs of this family are converted")]
+
+
+# --- discovery ------------------------------------------------------------------------------------------------
+
+
+def find_sites(model: nn.Module) -> Found:
+    """Every site of known classes, and a refusal for every other linear layer.
+
+    Shapes are not looked at; nothing is changed.
+    """
+    found: Found = []
+    inside: set[str] = set()
+    for fqn, module in model.named_modules():
+        handler = _HANDLERS.get(type(module))
+        if handler is not None and not any(fqn.startswith(p + ".") for p in inside):
+            found += handler(fqn, module)
+            inside.add(fqn)
+    for fqn, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not any(fqn == p or fqn.startswith(p + ".") for p in inside):
+            parent = type(model.get_submodule(fqn.rpartition(".")[0])).__name__
+            reason = f"a linear layer of {parent}, which is not known; name it with --target-modules to convert it"
+            found.append(Refusal(fqn=fqn, reason=reason))
+    return found
+
+
+_CALL = re.compile(r"^(?P<path>[^:]+):(?P<kind>mlp|attention|linear)(?:\((?P<args>[^)]*)\))?$")
+
+
+def parse_targets(model: nn.Module, targets: Sequence[str]) -> tuple[list[str], list[Site]]:
+    """Split `--target-modules` into globs over known sites and declared sites of a user's module.
+
+    A declared site is `PATH:mlp(fc1,fc2)`, `PATH:attention(q,k,v,out,heads=H)` or `PATH:linear`, where PATH is a glob
+    over module paths and the names are the children's. Anything else is a glob that selects among known sites.
+
+    Raises:
+        AcmizeError: a declaration that matches nothing or misses an argument.
+    """
+    globs, sites = [], []
+    names = [name for name, _ in model.named_modules() if name]
+    for target in targets:
+        match = _CALL.match(target)
+        if match is None:
+            globs.append(target)
+            continue
+        paths = fnmatch.filter(names, match["path"])
+        args = [a.strip() for a in (match["args"] or "").split(",") if a.strip()]
+        words = [a for a in args if "=" not in a]
+        options = dict(a.split("=", 1) for a in args if "=" in a)
+        made = [_declared(path, match["kind"], words, options, set(names), target) for path in paths]
+        sites += [site for site in made if site is not None]
+        if not any(made):
+            raise AcmizeError(f"--target-modules {target}: no module of this model matches; see its named_modules()")
+    return globs, sites
+
+
+def _declared(
+    path: str, kind: str, words: list[str], options: dict[str, str], names: set[str], target: str
+) -> Site | None:
+    children = [f"{path}.{word}" for word in words]
+    if any(child not in names for child in children):
+        return None  # a glob such as blocks.* also matches blocks.0.norm
+    if kind == "linear":
+        return Site.linear(path)
+    need = {"mlp": 2, "attention": 4}[kind]
+    if len(children) != need or (kind == "attention" and not options.get("heads", "").isdigit()):
+        form = {"mlp": "PATH:mlp(fc1,fc2)", "attention": "PATH:attention(q,k,v,out,heads=H)"}[kind]
+        raise AcmizeError(f"--target-modules {target}: expected {form}")
+    if kind == "mlp":
+        return Site.mlp(*children)
+    q, k, v, out = children
+    flags = {name: options.get(name, "true").lower() != "false" for name in ("rotate_qk", "rotate_vo")}
+    return Site.attention(q=q, k=k, v=v, out=out, heads=int(options["heads"]), **flags)
+
+
+# --- the plan -------------------------------------------------------------------------------------------------
+
+
+def example_input(model: nn.Module, batch_size: int = 1) -> torch.Tensor:
+    """Zeros of the model's own input size, from its timm configuration.
+
+    Raises:
+        AcmizeError: the model names no input size.
+    """
+    cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    size = cfg.get("input_size")
+    img = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is not None and img is not None:
+        size = (size[0], *img)
+    if size is None:
+        raise AcmizeError(
+            f"{type(model).__name__} names no input size; pass example=(tensor,) to make_plan so that MACs can be counted"
+        )
+    reference = next(model.parameters())
+    return torch.zeros(batch_size, *size, device=reference.device, dtype=reference.dtype)
+
+
+def make_plan(
+    model: nn.Module,
+    config: Any,
+    *,
+    example: tuple[Any, ...] | None = None,
+    sites: Iterable[Site] = (),
+    target_modules: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> Plan:
+    """What would be converted, at what size and cost, and what not and why. The model is not changed.
+
+    Args:
+        model: the pretrained model.
+        config: config of a registered method, such as `AcmConfig`.
+        example: inputs for one sample, to count MACs; made from the timm configuration when None.
+        sites: declared sites of a module of one's own, in place of discovery.
+        target_modules: globs over sites, or declarations (see `parse_targets`).
+        exclude: globs over entries, sites and their modules that stay dense.
+
+    Raises:
+        AcmizeError: nothing to convert, or a pattern that matches nothing.
+    """
+    globs, declared = parse_targets(model, target_modules)
+    declared += list(sites)
+    found: Found = list(declared) if declared else find_sites(model)
+    modules = dict(model.named_modules())
+    for site in declared:
+        for role, fqn in site.roles.items():
+            if fqn not in modules:
+                raise AcmizeError(f"site {site.fqn}: {role}={fqn!r} is not a module of this model; see named_modules()")
+    inputs = example if example is not None else (example_input(model),)
+    drafts: list[tuple[dict[str, Any], Site]] = []
+    refused: list[Refusal] = []
+    used: set[str] = set()
+
+    def wanted(fqn: str, target: str, site: Site) -> bool:
+        names = (fqn, target, site.fqn)
+        chosen = not globs or any(fnmatch.fnmatchcase(n, g) and (used.add(g) or True) for g in globs for n in names)
+        dropped = [g for g in exclude for n in names if fnmatch.fnmatchcase(n, g)]
+        used.update(dropped)
+        if chosen and dropped:
+            refused.append(Refusal(fqn=fqn, reason=f"excluded by --exclude {dropped[0]}"))
+        elif not chosen:
+            refused.append(Refusal(fqn=fqn, reason="not among --target-modules"))
+        return chosen and not dropped
+
+    for item in found:
+        if isinstance(item, Refusal):
+            refused.append(item)
+            continue
+        try:
+            keep = lambda fqn, target, site=item: wanted(fqn, target, site)  # noqa: E731
+            drafts += [(d, item) for d in method_for(config).plan(item, modules, config, keep)]
+        except Refused as error:
+            refused.append(Refusal(fqn=item.fqn, reason=str(error)))
+    unused = [g for g in (*globs, *exclude) if g not in used]
+    if unused:
+        raise AcmizeError(f"pattern {unused[0]!r} matches no site; `acmize plan` lists them")
+    if not drafts:
+        why = f" ({refused[0].fqn}: {refused[0].reason})" if refused else ""
+        raise AcmizeError(f"nothing to convert in this {type(model).__name__}{why}")
+    entries = _complete(model, modules, drafts, inputs)
+    return Plan(
+        config=config,
+        macs_dense=count_macs(model, *inputs),
+        entries=entries,
+        refused=tuple(refused),
+        input_size=tuple(inputs[0].shape[1:]) if isinstance(inputs[0], torch.Tensor) else (),
+    )
+
+
+def _complete(
+    model: nn.Module, modules: dict[str, nn.Module], drafts: list[tuple[dict[str, Any], Site]], inputs: tuple[Any, ...]
+) -> tuple[PlanEntry, ...]:
+    """Add tokens and dense MACs to drafted entries."""
+    linears = {d["fqn"]: d["roles"]["fc1"] if d["kind"] == "mlp" else d["target"] for d, _ in drafts}
+    tokens = tokens_at(model, sorted(set(linears.values())), *inputs)
+    entries = []
+    for draft, site in drafts:
+        rows = tokens.get(linears[draft["fqn"]], 0)
+        if rows == 0:
+            raise AcmizeError(f"{draft['fqn']}: did not run on the example input; exclude it with --exclude")
+        entries.append(PlanEntry(**draft, tokens=rows, macs=rows * _dense_macs(modules, draft, site)))
+    return tuple(entries)
+
+
+def _dense_macs(modules: dict[str, Any], draft: dict[str, Any], site: Site) -> int:
+    if draft["kind"] == "mlp":
+        layers = [modules[site.roles[r]] for r in ("fc1", "fc1_gate", "fc2") if r in site.roles]
+        return sum(layer.weight.numel() for layer in layers)
+    share = 3 if draft["fqn"] != draft["target"] else 1
+    return modules[draft["target"]].weight.numel() // share

@@ -1,0 +1,268 @@
+"""Saving, loading and publishing an adaptive model: safetensors and JSON, nothing else.
+
+A folder holds `config.json` (what to build), `model.safetensors`, `plan.json` (what to insert, and the calibration),
+`results.json`, `recipe.json` (the resolved options of the conversion) and a model card. Loading needs neither data nor
+network nor the base weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from acmize import __about__
+from acmize.checkpoint import atomic_dir, load_tensors, read_json, save_tensors, write_json
+from acmize.convert import convert_
+from acmize.errors import AcmizeError
+from acmize.phases.calibrate import Calibration, set_budget
+from acmize.plan import Plan
+
+SCHEMA = 1
+FILES = ("config.json", "plan.json", "model.safetensors")
+
+
+class Adaptive:
+    """Mixed into a converted model's class: it stays what it was and can be given a budget and saved.
+
+    Attributes:
+        plan: what was inserted.
+        calibration: budget -> position of the dial.
+        base: how to build the dense model again, see `base_of`.
+        results: measured table, as in `results.json`.
+        recipe: resolved options of the conversion.
+    """
+
+    plan: Plan
+    calibration: Calibration
+    base: dict[str, Any]
+    results: dict[str, Any]
+    recipe: dict[str, Any]
+
+    def set_budget(self, budget: float) -> None:
+        """Spend this share of the dense model's MACs on average, gates included.
+
+        Raises:
+            AcmizeError: below what the plan can reach, or not calibrated.
+        """
+        set_budget(self, self.plan, self.calibration, budget)  # pyright: ignore[reportArgumentType]
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the model to a folder (see the module's docstring); an existing one is replaced only when complete."""
+        return save_pretrained(self, folder)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload to the Hugging Face Hub; returns the commit's address."""
+        return push_to_hub(self, repo_id, private=private, token=token)
+
+
+def make_adaptive(
+    model: nn.Module,
+    plan: Plan,
+    calibration: Calibration,
+    base: dict[str, Any],
+    results: dict[str, Any] | None = None,
+    recipe: dict[str, Any] | None = None,
+) -> Any:
+    """Give a converted model `set_budget`, `save_pretrained` and `push_to_hub`; `isinstance` of its class still holds."""
+    cls = type(model)
+    if not isinstance(model, Adaptive):
+        model.__class__ = type(f"Adaptive{cls.__name__}", (Adaptive, cls), {"__module__": cls.__module__})
+    adaptive: Any = model
+    adaptive.plan, adaptive.calibration, adaptive.base = plan, calibration, base
+    adaptive.results, adaptive.recipe = results or {}, recipe or {}
+    return adaptive
+
+
+def base_of(model: nn.Module, kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
+    """How to build this dense model again: `{"library", "architecture", "kwargs", "pretrained_cfg"}`.
+
+    A module that timm does not know is recorded by its class's name alone and has to be handed to `from_pretrained`.
+    """
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    name = cfg.get("architecture")
+    if name is None:
+        return {"library": "module", "architecture": type(model).__name__, "kwargs": {}, "pretrained_cfg": {}}
+    built = dict(kwargs or {})
+    classes = getattr(model, "num_classes", cfg.get("num_classes"))
+    if classes is not None:
+        built.setdefault("num_classes", classes)
+    keep = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "num_classes", "tag", "license")
+    return {
+        "library": "timm",
+        "architecture": name,
+        "kwargs": built,
+        "pretrained_cfg": {k: cfg[k] for k in keep if cfg.get(k) is not None},
+    }
+
+
+# --- saving ---------------------------------------------------------------------------------------------------
+
+
+def save_pretrained(model: Any, folder: str | Path) -> Path:
+    """See `Adaptive.save_pretrained`."""
+    folder = Path(folder)
+    with atomic_dir(folder) as new:
+        write_json(new / "config.json", {"schema": SCHEMA, "acmize": __about__.__version__, "base": model.base})
+        plan = {"plan": model.plan.to_dict(), "calibration": model.calibration.to_dict()}
+        write_json(new / "plan.json", plan)
+        write_json(new / "results.json", model.results)
+        write_json(new / "recipe.json", model.recipe)
+        save_tensors(new / "model.safetensors", model.state_dict())
+        (new / "README.md").write_text(model_card(model), encoding="utf-8")
+    return folder
+
+
+def model_card(model: Any) -> str:
+    """A Hugging Face model card with the measured table and how to load the model."""
+    base = model.base
+    name = base["architecture"]
+    meta = ["---", "library_name: acmize", "tags: [acmize, adaptive-computation]", "pipeline_tag: image-classification"]
+    if base["pretrained_cfg"].get("license"):
+        meta.append(f"license: {base['pretrained_cfg']['license']}")
+    meta += [f"base_model: timm/{name}" if base["library"] == "timm" else f"# base: {name}", "---"]
+    text = [*meta, "", f"# {name}, adaptive", ""]
+    text += [f"{name} made adaptive with acmize {__about__.__version__}: every token runs only part of each layer.", ""]
+    text += ["```python", "import acmize", "", 'model = acmize.from_pretrained("THIS REPOSITORY OR FOLDER")']
+    text += ["model.set_budget(0.6)", "```", ""]
+    if model.results.get("results"):
+        text += [*results_table(model.results), ""]
+        data, seed = model.recipe.get("data", "?"), model.recipe.get("seed", "?")
+        text += [f"Measured on {model.results.get('samples', '?')} test samples of `{data}`, seed {seed}.", ""]
+    text += ["Budget: mean executed MACs of the whole model, gates included, over the dense model's MACs.", ""]
+    return "\n".join(text)
+
+
+def results_table(results: dict[str, Any]) -> list[str]:
+    """Markdown rows of a results dictionary."""
+
+    def percent(x: float | None) -> str:
+        return "-" if x is None else f"{100 * x:.1f}"
+
+    dense = results["dense"]
+    rows = ["| budget | executed MACs | accuracy % | agreement with dense % |", "|---|---|---|---|"]
+    rows.append(f"| dense | 1.000 ({dense['macs'] / 1e9:.3f} G) | {percent(dense['accuracy'])} | 100.0 |")
+    rows += [
+        f"| {r['budget']:g} | {r['macs_ratio']:.3f} | {percent(r['accuracy'])} | {percent(r['agreement'])} |"
+        for r in results["results"]
+    ]
+    return rows
+
+
+def push_to_hub(model: Any, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+    """See `Adaptive.push_to_hub`."""
+    import tempfile
+
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, Path(folder) / "model")
+        return str(api.upload_folder(repo_id=repo_id, folder_path=f"{folder}/model"))
+
+
+# --- loading --------------------------------------------------------------------------------------------------
+
+
+def from_pretrained(source: str | Path, *, model: nn.Module | None = None, revision: str | None = None) -> Any:
+    """An adaptive model from a folder or a Hub repository, in eval mode, at the budget it was saved with.
+
+    Args:
+        source: folder written by `save_pretrained`, or a repository id.
+        model: the dense module, freshly built, where timm cannot build it; its weights are replaced.
+        revision: of the repository.
+
+    Raises:
+        AcmizeError: a file is missing, damaged or tampered with, or the weights do not fit the plan.
+    """
+    folder = _local(source, revision)
+    config, stored = read_json(folder / "config.json"), read_json(folder / "plan.json")
+    if not isinstance(config, dict) or config.get("schema") != SCHEMA:
+        found = config.get("schema") if isinstance(config, dict) else type(config).__name__
+        raise AcmizeError(f"{folder}/config.json: found schema {found!r}, expected {SCHEMA}; save it again")
+    try:
+        plan, calibration = Plan.from_dict(stored["plan"]), _calibration(stored["calibration"])
+        base = dict(config["base"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise AcmizeError(f"{folder}: damaged or tampered ({error}); restore the file or convert again") from None
+    dense = model if model is not None else build_base(base)
+    convert_(dense, plan)
+    _load_weights(dense, folder / "model.safetensors")
+    results = read_json(folder / "results.json") if (folder / "results.json").exists() else {}
+    recipe = read_json(folder / "recipe.json") if (folder / "recipe.json").exists() else {}
+    return make_adaptive(dense, plan, calibration, base, results, recipe).eval()
+
+
+def build_base(base: dict[str, Any]) -> nn.Module:
+    """The dense model with random weights, without network.
+
+    Raises:
+        AcmizeError: a library or architecture that cannot be built here.
+    """
+    if base.get("library") != "timm":
+        raise AcmizeError(
+            f"base model {base.get('architecture')!r} is not of timm; pass it freshly built: from_pretrained(..., model=...)"
+        )
+    import timm
+
+    try:
+        return timm.create_model(
+            str(base["architecture"]),
+            pretrained=False,
+            pretrained_cfg_overlay=_tuples(base["pretrained_cfg"]),
+            **base["kwargs"],
+        )
+    except (RuntimeError, TypeError, KeyError, ValueError) as error:
+        raise AcmizeError(
+            f"base model {base.get('architecture')!r} cannot be built by timm {timm.__version__}: {error}"
+        ) from None
+
+
+def _tuples(cfg: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items()}
+
+
+def _calibration(d: dict[str, Any]) -> Calibration:
+    return Calibration(dials=tuple(map(float, d["dials"])), budgets=tuple(map(float, d["budgets"])))
+
+
+def _local(source: str | Path, revision: str | None) -> Path:
+    folder = Path(source)
+    if not folder.is_dir():
+        if folder.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/")):
+            raise AcmizeError(
+                f"{source}: no such folder; give a folder written by acmize or a Hub repository USER/NAME"
+            )
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            patterns = ["*.json", "model.safetensors"]
+            folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            first = str(error).splitlines()[0]
+            raise AcmizeError(f"{source}: neither a folder here nor to be had from the Hub ({first})") from None
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise AcmizeError(f"{folder}: {name} is missing; expected a folder written by acmize save_pretrained")
+    return folder
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    tensors = load_tensors(path)
+    expected = model.state_dict()
+    wrong = [k for k in expected if k in tensors and tensors[k].shape != expected[k].shape]
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if wrong or missing or extra:
+        what = wrong or missing or extra
+        raise AcmizeError(
+            f"{path}: does not fit plan.json ({len(wrong)} shapes, {len(missing)} missing, {len(extra)} extra; first: {what[0]})"
+        )
+    with torch.no_grad():
+        model.load_state_dict(tensors)
+
+
+__all__ = ["Adaptive", "base_of", "build_base", "from_pretrained", "make_adaptive", "push_to_hub", "save_pretrained"]

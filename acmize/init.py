@@ -1,0 +1,282 @@
+"""Learners from the pretrained weights: the converted model equals the dense one exactly at full width.
+
+    MLP          hidden units ordered greedily by explained output variance; what is left out is replaced by its mean,
+                 folded into one bias for each learner.
+    q and k      U S V^T = svd(Cq^1/2 Ck^1/2);  q' = S^1/2 U^T Cq^-1/2 q,  k' = S^1/2 V^T Ck^-1/2 (k - mean k)
+    v and out    U S V^T = svd(O_h Cv^1/2);     v' = V^T Cv^-1/2 (v - mean v),  O_h' = U S,  out bias += O_h mean v
+    low rank     U S V^T = svd(W C^1/2); down = V^T C^-1/2 ... up = U S: exact at full rank
+
+Softmax ignores a shift of all keys, and attention sums to one, so the means of k and v may be taken out. Second moments
+come from one pass of the dense model over calibration photographs; everything is solved in float64.
+
+Shapes: U units (of a head), H heads, D input width, O output width; C (U + 1, U + 1) augmented by a constant one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from acmize.cost import evaluating
+from acmize.layers import Contract, Expand, LowRank
+from acmize.methods.acm import AcmMlp, AcmOut, AcmProjections
+from acmize.plan import Plan, PlanEntry
+
+Moments = dict[str, Tensor]
+
+
+# --- statistics -----------------------------------------------------------------------------------------------
+
+
+def collect_moments(dense: nn.Module, plan: Plan, batches: Iterable[Tensor]) -> Moments:
+    """Second moments of what is cut at each site, in one pass of the dense model.
+
+    Args:
+        dense: the dense model, unchanged.
+        plan: where to look.
+        batches: inputs, without labels.
+
+    Returns:
+        Path of a layer -> (H, U + 1, U + 1) float64 moments of [z; 1] over tokens: of the hidden units read by an MLP's
+        fc2 (H = 1), of the outputs of each projection (a fused one gives H = 3 x heads), or of a single layer's input.
+    """
+    wanted: dict[str, tuple[str, int]] = {}
+    for e in plan.entries:
+        if e.kind == "mlp":
+            wanted[e.roles["fc2"]] = ("input", 1)
+        elif e.form == "lowrank":
+            wanted[e.target] = ("input", 1)
+        else:
+            wanted |= _attention_outputs(e)
+    modules, moments, handles = dict(dense.named_modules()), {}, []
+
+    def hook(path: str, side: str, heads: int) -> Any:
+        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            z = inputs[0] if side == "input" else output
+            if isinstance(module, nn.Conv2d):
+                z = z.permute(0, 2, 3, 1)
+            z = F.pad(z.reshape(-1, heads, z.shape[-1] // heads).float(), (0, 1), value=1.0).transpose(0, 1)
+            moments[path] = moments.get(path, 0) + (z.mT @ z).double()
+
+        return add
+
+    for path, (side, heads) in wanted.items():
+        handles.append(modules[path].register_forward_hook(hook(path, side, heads)))
+    try:
+        with evaluating(dense):
+            for batch in batches:
+                dense(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return moments
+
+
+def _attention_outputs(entry: PlanEntry) -> dict[str, tuple[str, int]]:
+    if "qkv" in entry.roles:
+        return {entry.roles["qkv"]: ("output", 3 * entry.heads)}
+    return {entry.roles[k]: ("output", entry.heads) for k in "qkv"}
+
+
+# --- installing -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def init_(model: nn.Module, dense: nn.Module, plan: Plan, moments: Moments) -> None:
+    """Fill the adaptive modules of `model` from the weights of `dense`, exact at full width.
+
+    Args:
+        model: converted by `convert_`.
+        dense: the model before conversion.
+        plan: its plan.
+        moments: from `collect_moments`.
+    """
+    modules, adaptive = dict(dense.named_modules()), dict(model.named_modules())
+    attention: dict[str, list[PlanEntry]] = {}
+    for e in plan.entries:
+        if e.kind == "mlp":
+            _init_mlp(adaptive, modules, e, moments[e.roles["fc2"]][0])
+        elif e.form == "lowrank":
+            _init_lowrank(adaptive[e.target], modules[e.target], e, moments[e.target][0])
+        else:
+            attention.setdefault(e.roles["out"], []).append(e)
+    for entries in attention.values():
+        _init_attention(adaptive, modules, entries, moments)
+
+
+def _init_mlp(adaptive: dict[str, Any], dense: dict[str, Any], e: PlanEntry, moments: Tensor) -> None:
+    w1, b1 = _linear(dense[e.roles["fc1"]])
+    w2, b2 = _linear(dense[e.roles["fc2"]])
+    gate = None
+    if e.options.get("packed"):
+        (wa, wb), (ba, bb) = w1.chunk(2), b1.chunk(2)
+        (w1, b1), gate = ((wa, ba), (wb, bb)) if e.options["packed"] == "gate_last" else ((wb, bb), (wa, ba))
+    elif "fc1_gate" in e.roles:
+        gate = _linear(dense[e.roles["fc1_gate"]])
+    order = order_units(moments, w2)
+    if "module" in e.roles:
+        acm: AcmMlp = adaptive[e.target]
+        fc1, fc2, fc1_gate = acm.fc1, acm.fc2, acm.fc1_gate
+    else:
+        fc1, fc2, fc1_gate = adaptive[e.roles["fc1"]].fc1, adaptive[e.roles["fc2"]].fc, None
+    _copy(fc1, w1[order], b1[order])
+    if gate is not None and fc1_gate is not None:
+        _copy(fc1_gate, gate[0][order], gate[1][order])
+    _fill_contract(fc2, w2[:, order], b2, (moments[-1, :-1] / moments[-1, -1])[order])
+
+
+def _fill_contract(fc: Contract, weight: Tensor, bias: Tensor, mean: Tensor) -> None:
+    """Weights, and biases that put the mean of the units left out back in."""
+    fc.weight.copy_(weight)
+    pairs = zip(fc.bounds, fc.bounds[1:], strict=False)
+    put_back = torch.stack([weight[:, a:b] @ mean[a:b] for a, b in pairs])
+    fc.learner_bias.copy_(-put_back)
+    fc.bias.copy_(bias + put_back.sum(0))
+
+
+def _init_attention(
+    adaptive: dict[str, Any], dense: dict[str, Any], entries: list[PlanEntry], moments: Moments
+) -> None:
+    e = entries[0]
+    heads, roles = e.heads, e.roles
+    if "qkv" in roles:
+        weights, biases = (t.chunk(3) for t in _linear(dense[roles["qkv"]]))
+        stats = moments[roles["qkv"]].chunk(3)
+    else:
+        weights, biases = zip(*(_linear(dense[roles[k]]) for k in "qkv"), strict=True)
+        stats = [moments[roles[k]] for k in "qkv"]
+    w = {k: x.unflatten(0, (heads, -1)).clone() for k, x in zip("qkv", weights, strict=True)}  # (H, U, D)
+    b = {k: x.unflatten(0, (heads, -1)).clone() for k, x in zip("qkv", biases, strict=True)}
+    out, out_bias = _linear(dense[roles["out"]])
+    out = out.unflatten(1, (heads, -1)).clone()  # (O, H, U)
+    for h in range(heads):
+        cov, mean = zip(*(_covariance(s[h]) for s in stats), strict=True)
+        if e.options.get("rotate_qk", True):
+            raw_q = stats[0][h][:-1, :-1] / stats[0][h][-1, -1]  # queries are not centred
+            tq, tk = rotate_qk(raw_q, cov[1])
+            w["q"][h], b["q"][h] = tq @ w["q"][h], tq @ b["q"][h]
+            w["k"][h], b["k"][h] = tk @ w["k"][h], tk @ (b["k"][h] - mean[1])
+        if e.options.get("rotate_vo", True):
+            tv, out_h = rotate_vo(out[:, h], cov[2])
+            out_bias = out_bias + out[:, h] @ mean[2]
+            w["v"][h], b["v"][h] = tv @ w["v"][h], tv @ (b["v"][h] - mean[2])
+            out[:, h] = out_h
+    for k in "qkv":
+        fused = adaptive[roles["qkv"]] if "qkv" in roles else adaptive[roles[k]]
+        part = getattr(fused, k) if isinstance(fused, AcmProjections) else fused
+        if isinstance(part, nn.Linear):  # a dense sibling of a rotated projection is rotated too
+            _copy(part, w[k].flatten(0, 1), b[k].flatten())
+        elif "qkv" in roles:
+            _write_fused(fused, w, b)
+    target = adaptive[roles["out"]]
+    fc = target.fc if isinstance(target, AcmOut) else target
+    fc.weight.copy_(out.flatten(1))
+    fc.bias.copy_(out_bias)
+
+
+def _write_fused(fused: Any, w: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """No part of a fused layer is adaptive: it stays one linear layer, rotated for its siblings."""
+    _copy(fused, torch.cat([w[k].flatten(0, 1) for k in "qkv"]), torch.cat([b[k].flatten() for k in "qkv"]))
+
+
+def _init_lowrank(acm: Any, dense: Any, e: PlanEntry, moments: Tensor) -> None:
+    weight, bias = _linear(dense)
+    if e.fqn != e.target:
+        part = "qkv".index(e.kind)
+        weight, bias = weight.chunk(3)[part], bias.chunk(3)[part]
+        for key in acm.parts:
+            if type(getattr(acm, key)) is nn.Linear:
+                other = "qkv".index(key)
+                full, full_bias = _linear(dense)
+                _copy(getattr(acm, key), full.chunk(3)[other], full_bias.chunk(3)[other])
+    lowrank: LowRank = getattr(acm, e.kind)
+    cov, mean = _covariance(moments)
+    half, inverse = roots(cov)
+    u, s, vt = torch.linalg.svd(weight @ half, full_matrices=False)
+    rank = e.bounds[-1]
+    down = vt[:rank] @ inverse
+    _copy(lowrank.fc1, down, -down @ mean)
+    up = u[:, :rank] * s[:rank]
+    _fill_contract(lowrank.fc2, up, bias + weight @ mean, torch.zeros(rank, dtype=up.dtype))
+
+
+# --- linear algebra, float64 ----------------------------------------------------------------------------------
+
+
+def order_units(moments: Tensor, w2: Tensor) -> Tensor:
+    """Hidden units, greedily by the output variance they explain: pivoted Cholesky on their covariance.
+
+    Args:
+        moments: (U + 1, U + 1) augmented second moments.
+        w2: (O, U) weights that read the units.
+
+    Returns:
+        (U,) order. Wide layers take several units a step (at most 1/256 of them), which costs no accuracy that was seen
+        and makes the work one of matrix products.
+    """
+    r, _ = _covariance(moments)
+    units = len(r)
+    step = max(1, units // 256)
+    g, free, order = w2 @ r, torch.ones(units, dtype=torch.bool), []
+    floor = r.diagonal().max().clamp_min(1e-30) * 1e-9
+    while len(order) < units:
+        gain = g.square().sum(0) / r.diagonal().clamp_min(floor)
+        gain[~free] = -1.0
+        best = gain.topk(min(step, units - len(order))).indices
+        order += best.tolist()
+        free[best] = False
+        block = r[best][:, best] + floor * torch.eye(len(best), dtype=r.dtype)
+        scaled = torch.linalg.solve(block, r[best])
+        g = g - g[:, best] @ scaled
+        r = r - r[:, best] @ scaled
+    return torch.tensor(order)
+
+
+def rotate_qk(cq: Tensor, ck: Tensor) -> tuple[Tensor, Tensor]:
+    """(U, U) moments of a head's queries and centred keys -> the maps of q and k; tq^T tk is the identity."""
+    (q2, qi), (k2, ki) = roots(cq), roots(ck)
+    u, s, vt = torch.linalg.svd(q2 @ k2)
+    root = s.clamp_min(s[0] * 1e-10).sqrt()[:, None]
+    return root * (u.T @ qi), root * (vt @ ki)
+
+
+def rotate_vo(out: Tensor, cv: Tensor) -> tuple[Tensor, Tensor]:
+    """(O, U) output block and (U, U) covariance of a head's values -> the map of v and the new output block."""
+    v2, vi = roots(cv)
+    u, s, vt = torch.linalg.svd(out @ v2, full_matrices=False)
+    return vt @ vi, u * s
+
+
+def roots(c: Tensor) -> tuple[Tensor, Tensor]:
+    """C^1/2 and C^-1/2 of a symmetric positive matrix; directions without energy are lifted, so both stay exact inverses."""
+    w, v = torch.linalg.eigh(c)
+    w = w.clamp_min(w[-1].clamp_min(1e-30) * 1e-7)
+    return (v * w.sqrt()) @ v.T, (v / w.sqrt()) @ v.T
+
+
+def _covariance(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """(U, U) covariance and (U,) mean from augmented moments."""
+    mean = moments[:-1, -1] / moments[-1, -1]
+    return moments[:-1, :-1] / moments[-1, -1] - mean[:, None] * mean, mean
+
+
+def _linear(layer: Any) -> tuple[Tensor, Tensor]:
+    """Weight (O, D) and bias (O,) of a linear layer or 1x1 convolution, float64."""
+    weight = layer.weight.detach().flatten(1).double()
+    bias = layer.bias.detach().double() if layer.bias is not None else weight.new_zeros(len(weight))
+    return weight, bias
+
+
+def _copy(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+    layer.weight.copy_(weight)
+    if layer.bias is not None:
+        layer.bias.copy_(bias)
+    elif bias.abs().max() > 0:
+        layer.bias = nn.Parameter(bias.to(weight))
+
+
+__all__ = ["Expand", "collect_moments", "init_", "order_units", "roots", "rotate_qk", "rotate_vo"]

@@ -1,0 +1,1 @@
+"""One method, one file; each registers its config class with `acmize.registry`."""

@@ -1,0 +1,159 @@
+"""ToMe, token merging (Bolya et al., arXiv 2210.09461): r pairs of similar tokens become one before each block.
+
+Merged tokens shrink everything after them, the attention products included, and compose with widths: the gates then
+decide for merged tokens. A merge happens at a block's input, through a pre-forward hook, never inside a host's forward;
+the sizes of merged tokens reach the block's attention as the additive mask log(size) (eq. 1 of the paper).
+
+Deviations from the paper, and why
+- Pairs are merged between blocks, not between attention and MLP: no forward is copied.
+- Pairs are scored by Ward's criterion on the residual stream, s_a s_b / (s_a + s_b) ||x_a - x_b||^2, not by the cosine of
+  keys: it weighs what a merge changes, needs nothing from inside a block, and was better here (docs/log.md).
+
+Shapes: B samples, T tokens, D width, P prefix tokens (class, registers; never merged).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from acmize.registry import Refused
+
+
+class MergeState:
+    """Sizes of the merged tokens on their way through one forward; one for each thread."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MergeState:
+        return memo.setdefault(id(self), MergeState())
+
+    @property
+    def sizes(self) -> Tensor | None:
+        """(B, T) patches in each token, or None before the first merge."""
+        return getattr(self._local, "sizes", None)
+
+    @sizes.setter
+    def sizes(self, sizes: Tensor | None) -> None:
+        self._local.sizes = sizes
+
+
+class MergeHook:
+    """Pre-forward hook of a block: merges r pairs of its input and hands log(size) to its attention.
+
+    Args:
+        state: shared by the hooks of a model.
+        r: pairs merged before this block.
+        prefix: tokens at the front that are never merged.
+        first: this is the first block, where every size is one again.
+    """
+
+    def __init__(self, state: MergeState, r: int, prefix: int, first: bool) -> None:
+        self.state, self.r, self.prefix, self.first = state, r, prefix, first
+
+    def __call__(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """`(x, ...)` -> the same with x merged and `attn_mask` set."""
+        x = args[0]
+        if self.first:
+            self.state.sizes = None
+        if self.r:
+            sizes = self.state.sizes
+            if sizes is None:
+                sizes = x.new_ones(x.shape[:2])
+            x, self.state.sizes = merge(x, sizes, self.r, self.prefix)
+        if self.state.sizes is not None:
+            kwargs = {**kwargs, "attn_mask": self.state.sizes.log()[:, None, None, :].to(x.dtype)}
+        return (x, *args[1:]), kwargs
+
+
+def merge(x_BTD: Tensor, sizes_BT: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor]:
+    """Bipartite soft matching: the r cheapest of the best pairs (even token, odd token) become their weighted mean.
+
+    Args:
+        x_BTD: tokens.
+        sizes_BT: patches in each.
+        r: pairs to merge; at most half of the tokens behind the prefix.
+        prefix: tokens at the front that are left alone.
+
+    Returns:
+        (B, T - r, D) tokens and their (B, T - r) sizes: prefix, even tokens that were not merged, odd tokens.
+    """
+    head, x = x_BTD[:, :prefix], x_BTD[:, prefix:]
+    head_sizes, sizes = sizes_BT[:, :prefix], sizes_BT[:, prefix:]
+    a, b, size_a, size_b = x[:, ::2], x[:, 1::2], sizes[:, ::2], sizes[:, 1::2]
+    r = min(r, b.shape[1])
+    if r <= 0:
+        return x_BTD, sizes_BT
+    with torch.no_grad():
+        distance = a.square().sum(-1)[..., None] + b.square().sum(-1)[:, None] - 2 * a @ b.mT
+        weight = size_a[..., None] * size_b[:, None] / (size_a[..., None] + size_b[:, None])
+        cost, partner = (weight * distance).min(-1)
+        order = cost.argsort(-1)
+        gone, stays = order[:, :r], order[:, r:].sort(-1).values
+        into = partner.gather(1, gone)
+    width = x.shape[-1]
+    weighted = torch.cat([a * size_a[..., None], size_a[..., None]], -1)
+    target = torch.cat([b * size_b[..., None], size_b[..., None]], -1)
+    moved = weighted.gather(1, gone[..., None].expand(-1, -1, width + 1))
+    target = target.scatter_add(1, into[..., None].expand(-1, -1, width + 1), moved)
+    rest = a.gather(1, stays[..., None].expand(-1, -1, width))
+    merged = torch.cat([head, rest, target[..., :-1] / target[..., -1:]], 1)
+    return merged, torch.cat([head_sizes, size_a.gather(1, stays), target[..., -1]], 1)
+
+
+def install_merging(model: Any, schedule: Sequence[int]) -> None:
+    """Register the hooks on a model's blocks; replaces an earlier schedule, and an empty or zero one removes them.
+
+    Args:
+        model: timm model with a `blocks` sequence whose blocks take `attn_mask`.
+        schedule: pairs to merge before each block.
+
+    Raises:
+        Refused: a model whose tokens cannot be merged soundly, with the reason.
+    """
+    remove_merging(model)
+    if not any(schedule):
+        return
+    reason = why_not(model)
+    if reason:
+        raise Refused(reason)
+    if len(schedule) != len(model.blocks):
+        raise Refused(f"a schedule for {len(schedule)} blocks, but the model has {len(model.blocks)}")
+    state = MergeState()
+    for i, (block, r) in enumerate(zip(model.blocks, schedule, strict=True)):
+        hook = MergeHook(state, r, int(getattr(model, "num_prefix_tokens", 1)), i == 0)
+        block.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def remove_merging(model: Any) -> None:
+    """Take the hooks of `install_merging` off again."""
+    for block in getattr(model, "blocks", ()):
+        for key, hook in list(getattr(block, "_forward_pre_hooks", {}).items()):
+            if isinstance(hook, MergeHook):
+                del block._forward_pre_hooks[key]
+                block._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def why_not(model: Any) -> str | None:
+    """Why this model's tokens cannot be merged, or None."""
+    if not hasattr(model, "blocks"):
+        return f"token merging: {type(model).__name__} has no sequence of blocks"
+    import inspect
+
+    if any("attn_mask" not in inspect.signature(b.forward).parameters for b in model.blocks):
+        return "token merging: the blocks take no attn_mask, so merged sizes cannot reach the attention"
+    if any(getattr(getattr(b, "attn", None), "num_heads", None) is None for b in model.blocks):
+        return "token merging: blocks without an attn of a known kind"
+    if getattr(model, "rope", None) is not None:
+        return "token merging: rotary positions belong to the grid of tokens"
+    if getattr(model, "attn_pool", None) is not None:
+        return "token merging: attention pooling does not know the sizes of merged tokens"
+    return None
+
+
+__all__ = ["MergeHook", "MergeState", "install_merging", "merge", "remove_merging", "why_not"]

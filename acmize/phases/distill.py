@@ -1,0 +1,89 @@
+"""Phase 1: every learner of every site at once, from inputs and outputs captured from a frozen model.
+
+The layers are independent: each sees the captured input and target of its own place, no gradient crosses a site, so
+memory stays that of one site beyond the captured activations and any site could be trained elsewhere.
+(arXiv 2312.10193, sect. 3.3: mean over sites and over every k of ||h(x, k) - dense(x)||^2.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from acmize.gates import AdaptiveModule, choosing, full_width
+from acmize.losses import distillation
+from acmize.phases._capture import capture, tokens_of
+from acmize.phases._loop import FitConfig, History, fit
+
+
+def distillable(model: nn.Module) -> dict[str, AdaptiveModule]:
+    """Sites with something to learn locally: whatever sums learners into an output.
+
+    A rotated q, k or v only leaves dimensions out, so its error is fixed by the rotation.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        if (
+            isinstance(module, AdaptiveModule)
+            and module.names
+            and any("fc2" in n or n == "fc.weight" for n, _ in module.named_parameters() if not n.startswith("gate."))
+        ):
+            found[path] = module
+    return found
+
+
+def distill(
+    model: nn.Module,
+    source: nn.Module,
+    batches: Callable[[int], Iterable[Any]],
+    *,
+    steps_per_epoch: int,
+    config: FitConfig,
+    tokens: int = 1024,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+) -> History:
+    """Train the learners of every site.
+
+    Args:
+        model: converted; gates take no part.
+        source: frozen model that inputs and targets come from: the dense one (random learners), or a copy of the
+            converted one, which runs at full width.
+        batches: epoch -> batches of inputs, or of (inputs, labels).
+        steps_per_epoch: batches in an epoch.
+        config: of the loop.
+        tokens: tokens drawn from each batch for each site.
+        checkpoint: folder for checkpoints.
+        resume: go on from the checkpoint there.
+
+    Returns:
+        History; its last log has the error of each site under "site/PATH".
+    """
+    sites = distillable(model)
+    source.eval()
+    for module in sites.values():
+        module.train()
+    holders = nn.ModuleList(sites.values())
+    parameters = [p for m in holders for n, p in m.named_parameters() if not n.startswith("gate.")]
+
+    def loss(batch: Any, step: int) -> dict[str, Tensor]:
+        inputs = batch[0] if isinstance(batch, list | tuple) else batch
+        with torch.no_grad(), choosing(source, full_width), capture(source, list(sites)) as seen:
+            source(inputs)
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        terms = {}
+        for path, module in sites.items():
+            x, y = tokens_of(module, *seen[path])
+            pick = torch.randperm(len(x), generator=generator)[:tokens].to(x.device)
+            pairs = zip(module.all_choices(x[pick]), module.split_output(y[pick]), strict=True)  # pyright: ignore
+            terms[f"site/{path}"] = torch.stack([distillation(h, t, module.gate.min_choice) for h, t in pairs]).mean()
+        return {"loss": torch.stack(list(terms.values())).mean(), **terms}
+
+    return fit(
+        name="distill", model=holders, loss=loss, batches=batches, steps_per_epoch=steps_per_epoch, config=config,
+        params=parameters, checkpoint=checkpoint, resume=resume,
+    )  # fmt: skip

@@ -1,0 +1,170 @@
+"""Phase 3: the whole model end to end, gates taught by the task through straight-through choices.
+
+    loss = task + a_t KL(dense || adaptive) + a_f ||features - dense features||^2 + a_b L_b + a_e L_e + a_d L_d
+
+A budget is drawn for every step and its price set before the forward, so that one checkpoint serves every budget; L_b
+holds the realised compute at the drawn budget. (arXiv 2312.10193, sect. 3.3 trains one model a budget, without a teacher.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from acmize.damage import logits_of
+from acmize.gates import Gate, Recorder, gates_of, record, set_dial
+from acmize.losses import budget_loss, diversity_loss, entropy_loss, teacher_loss
+from acmize.phases._loop import FitConfig, History, fit
+from acmize.phases.calibrate import Calibration
+from acmize.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Weights of the losses and the range of budgets.
+
+    Attributes:
+        task: weight of the cross-entropy with labels; 0 or no labels: the teacher alone.
+        teacher: weight of the KL to the dense model's logits.
+        features: weight of the squared distance to the dense model's final features, relative to their variance.
+        budget: a_b; entropy: a_e; diversity: a_d (0.1, 0.05, 0.05 in the paper's text and code).
+        budgets: range from which a step's budget is drawn; two equal ends train one budget, as published.
+        full_width: share of steps at full width, which keeps the largest budgets close to the dense model.
+    """
+
+    task: float = 1.0
+    teacher: float = 1.0
+    features: float = 0.5
+    budget: float = 0.1
+    entropy: float = 0.05
+    diversity: float = 0.05
+    budgets: tuple[float, float] = (0.4, 0.95)
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("task", "teacher", "features", "budget", "entropy", "diversity"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected a weight of at least 0")
+        low, high = self.budgets
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"budgets: found {self.budgets}, expected 0 < low <= high <= 1")
+
+
+def finetune(
+    model: nn.Module,
+    teacher: nn.Module,
+    plan: Plan,
+    calibration: Calibration,
+    batches: Callable[[int], Iterable[Any]],
+    *,
+    steps_per_epoch: int,
+    losses: FinetuneConfig,
+    config: FitConfig,
+    mix: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    watch: Callable[[int, dict[str, float]], None] | None = None,
+) -> History:
+    """Train learners and gates together.
+
+    Args:
+        model: converted, gates fitted.
+        teacher: the dense model, frozen.
+        plan: its plan.
+        calibration: budget -> dial of the gates as they come in.
+        batches: epoch -> batches of (inputs, labels); labels of -1 are unknown.
+        steps_per_epoch: batches an epoch.
+        losses: weights and budgets.
+        config: of the loop.
+        mix: mixup or cutmix: (inputs, labels, step) -> (inputs, soft labels).
+        checkpoint: folder for checkpoints.
+        resume: go on from the checkpoint there.
+        watch: sees every logged step.
+    """
+    model.train()
+    teacher.eval()
+    gates = gates_of(model)
+
+    def loss(batch: Any, step: int) -> dict[str, Tensor]:
+        inputs, labels = batch
+        if mix is not None:
+            inputs, labels = mix(inputs, labels, step)
+        budget = drawn_budget(losses.budgets, config.seed, step)
+        set_dial(model, calibration.dial(budget))
+        with torch.no_grad():
+            teacher_features, teacher_logits = features_and_logits(teacher, inputs)
+        with record(model, len(inputs), keep_inputs=losses.entropy > 0) as seen:
+            features, logits = features_and_logits(model, inputs)
+        terms = {"teacher": teacher_loss(logits, teacher_logits)}
+        terms["task"] = _task(logits, labels, losses.label_smoothing)
+        terms["features"] = _relative(features, teacher_features)
+        compute = (plan.macs_fixed + seen.differentiable()) / plan.macs_dense
+        terms["budget"] = budget_loss(compute, budget)
+        terms["diversity"] = diversity_loss(compute)
+        terms["entropy"] = entropy_loss(_soft_choices(seen)) if losses.entropy else logits.new_zeros(())
+        total = sum(getattr(losses, name) * term for name, term in terms.items())
+        return {"loss": total, **terms, "compute": compute.mean().detach(), "asked": torch.tensor(budget)}  # pyright: ignore
+
+    before = [g.temperature for g in gates]
+    try:
+        return fit(
+            name="finetune", model=model, loss=loss, batches=batches, steps_per_epoch=steps_per_epoch, config=config,
+            checkpoint=checkpoint, resume=resume, watch=watch,
+        )  # fmt: skip
+    finally:
+        for gate, temperature in zip(gates, before, strict=True):
+            gate.temperature = temperature
+        model.eval()
+
+
+def drawn_budget(budgets: tuple[float, float], seed: int, step: int) -> float:
+    """The budget of a step: the golden-ratio sequence, which covers the range evenly however few the steps."""
+    low, high = budgets
+    return low + (high - low) * math.modf((step + 1 + seed) * 0.6180339887498949)[0]
+
+
+def features_and_logits(model: nn.Module, inputs: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Final features, where the model separates them (timm), and logits."""
+    if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
+        features = model.forward_features(inputs)  # pyright: ignore[reportCallIssue]
+        return features, model.forward_head(features)  # pyright: ignore[reportCallIssue]
+    return None, logits_of(model(inputs))
+
+
+def _task(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    if labels.dtype.is_floating_point:
+        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+    if (labels < 0).all():
+        return logits.new_zeros(())
+    return F.cross_entropy(logits.float(), labels, ignore_index=-1, label_smoothing=smoothing)
+
+
+def _relative(features: Tensor | None, target: Tensor | None) -> Tensor:
+    if features is None or target is None or features.shape != target.shape:
+        return torch.zeros(())
+    if features.dim() == 3:  # what the head reads: the class token, and the mean of all tokens
+        features = torch.cat([features[:, 0], features.mean(1)], -1)
+        target = torch.cat([target[:, 0], target.mean(1)], -1)
+    return (features - target).square().mean() / target.var().clamp_min(1e-12)
+
+
+def _soft_choices(seen: Recorder) -> list[Tensor]:
+    """(B, tokens, K) choice probabilities of each site: differences of `keep`, hard forward and soft backward."""
+    out = []
+    for _, _, decision in seen.seen:
+        if decision.keep is None:
+            continue
+        for keep in decision.keep.unbind(-2):
+            p = F.pad(keep, (1, 0), value=1.0) - F.pad(keep, (0, 1))
+            out.append(p.reshape(seen.samples, -1, p.shape[-1]))
+    return out
+
+
+__all__ = ["FinetuneConfig", "Gate", "drawn_budget", "features_and_logits", "finetune"]

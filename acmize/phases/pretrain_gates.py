@@ -1,0 +1,197 @@
+"""Phase 2: fit every gate, on collected damages (default) or on the published threshold labels.
+
+No gradient step goes through the model; the gates are independent of each other, so one loss sums theirs.
+
+Shapes: M tokens, D input width, G groups, N learners, K = N + 1 choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from acmize.cost import evaluating
+from acmize.damage import GateData
+from acmize.errors import AcmizeError
+from acmize.gates import AdaptiveModule, ClassificationGate, DamageGate, Gate
+from acmize.losses import classification, gamma_deviance, threshold_labels
+from acmize.phases._capture import capture, tokens_of
+from acmize.phases._loop import FitConfig, History, fit
+
+
+def fit_damage_gates(
+    data: dict[Gate, GateData],
+    *,
+    steps: int = 500,
+    batch_tokens: int = 2048,
+    lr: float = 3e-3,
+    seed: int = 0,
+    fresh: bool = True,
+    name: str = "gates",
+    checkpoint: Path | None = None,
+    resume: bool = False,
+) -> History:
+    """Regress each gate's log damage on its input by the Gamma deviance.
+
+    Inputs are standardised while fitting; the scale is folded into the first layer afterwards.
+
+    Args:
+        data: from `collect_damage`.
+        steps: optimiser steps.
+        batch_tokens: tokens a gate sees each step.
+        lr: peak learning rate of AdamW, cosine to a tenth.
+        seed: of the order of tokens and, when fresh, the weights.
+        fresh: start from new weights; else go on from the present ones (a later round).
+        name: of the phase, for progress and checkpoints.
+        checkpoint: folder for checkpoints.
+        resume: go on from the checkpoint there.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    holders = nn.ModuleList(data)
+    scales = []
+    for gate, rows in data.items():
+        if not isinstance(gate, DamageGate):
+            raise AcmizeError("gate labels 'damage' need damage gates; use --gate-labels threshold with this preset")
+        mean, std = rows.x.mean(0), rows.x.std(0) + 1e-6
+        if fresh:
+            _start(gate, rows.damage, generator)
+        else:
+            _unfold(gate, mean, std)
+        scales.append((mean, std))
+    items = [(g, (d.x - m) / s, d.damage) for (g, d), (m, s) in zip(data.items(), scales, strict=True)]
+
+    def loss(step_seed: Tensor, _step: int) -> dict[str, Tensor]:
+        pick = torch.Generator().manual_seed(int(step_seed))
+        total = torch.zeros(())
+        for gate, x, damage in items:
+            rows = torch.randint(len(x), (min(batch_tokens, len(x)),), generator=pick)
+            device = gate.fc1.weight.device
+            prediction = gate.log_damage(x[rows].to(device))
+            total = total + gamma_deviance(prediction, damage[rows].to(device)).cpu()
+        return {"loss": total, "deviance": total / len(items)}
+
+    config = FitConfig(epochs=1, lr=lr, min_lr=lr / 10, clip_norm=None, seed=seed, checkpoint_every=10**9)
+    try:
+        return fit(
+            name=name, model=holders, loss=loss, batches=_seeds(seed, steps), steps_per_epoch=steps, config=config,
+            checkpoint=checkpoint, resume=resume,
+        )  # fmt: skip
+    finally:
+        for (gate, _), (mean, std) in zip(data.items(), scales, strict=True):
+            _fold(gate, mean, std)  # pyright: ignore[reportArgumentType]
+
+
+def _seeds(seed: int, steps: int) -> Any:
+    return lambda epoch: (torch.tensor(seed * 1_000_003 + epoch * steps + i) for i in range(steps))
+
+
+def _start(gate: DamageGate, damage: Tensor, generator: torch.Generator) -> None:
+    """Fresh weights; the last layer starts at the mean log damage of each choice."""
+    with torch.no_grad():
+        for layer, gain in ((gate.fc1, 1.0), (gate.fc2, 0.1)):
+            bound = gain * layer.in_features**-0.5
+            layer.weight.copy_(torch.empty(layer.weight.shape).uniform_(-bound, bound, generator=generator))
+            layer.bias.zero_()
+        gate.fc2.bias.copy_((damage.mean(0) + 1e-9).log().flatten())
+
+
+@torch.no_grad()
+def _fold(gate: DamageGate, mean: Tensor, std: Tensor) -> None:
+    mean, std = mean.to(gate.fc1.weight), std.to(gate.fc1.weight)
+    gate.fc1.weight.div_(std)
+    gate.fc1.bias.sub_(gate.fc1.weight @ mean)
+
+
+@torch.no_grad()
+def _unfold(gate: DamageGate, mean: Tensor, std: Tensor) -> None:
+    mean, std = mean.to(gate.fc1.weight), std.to(gate.fc1.weight)
+    gate.fc1.bias.add_(gate.fc1.weight @ mean)
+    gate.fc1.weight.mul_(std)
+
+
+# --- published labels -----------------------------------------------------------------------------------------
+
+
+def collect_errors(
+    model: nn.Module,
+    source: nn.Module,
+    batches: Iterable[Tensor],
+    *,
+    generator: torch.Generator,
+    keep_tokens: float = 0.1,
+) -> dict[Gate, GateData]:
+    """Inputs (M, D) and local reconstruction errors d(k) = ||h(x, k) - dense(x)||_2 (M, G, K) of every gate.
+
+    Args:
+        model: the converted model.
+        source: what inputs and targets are captured from: the dense model, or the converted one at full width.
+        batches: inputs, without labels.
+        generator: for the tokens kept.
+        keep_tokens: share of tokens kept.
+    """
+    modules = {f: m for f, m in model.named_modules() if isinstance(m, AdaptiveModule) and m.names}
+    rows: dict[Gate, list[tuple[Tensor, Tensor]]] = {}
+    with evaluating(model, source), capture(source, list(modules)) as seen:
+        for batch in batches:
+            source(batch)
+            for path, module in modules.items():
+                x, y = tokens_of(module, *seen[path])
+                pick = torch.randperm(len(x), generator=generator)[: max(1, round(keep_tokens * len(x)))].to(x.device)
+                pairs = zip(module.all_choices(x[pick]), module.split_output(y[pick]), strict=True)  # pyright: ignore
+                errors = torch.stack([(h - t[:, None]).norm(dim=-1) for h, t in pairs], 1)
+                rows.setdefault(module.gate, []).append((x[pick].cpu(), errors.cpu()))
+    return {g: GateData(torch.cat([x for x, _ in r]), torch.cat([e for _, e in r])) for g, r in rows.items()}
+
+
+def fit_classification_gates(
+    data: dict[Gate, GateData],
+    *,
+    tau: float = 1.2,
+    steps: int = 500,
+    batch_tokens: int = 2048,
+    lr: float = 1e-2,
+    seed: int = 0,
+    name: str = "gates",
+    checkpoint: Path | None = None,
+    resume: bool = False,
+) -> History:
+    """Train each gate on the published threshold labels by cross-entropy on its logits.
+
+    Args:
+        data: from `collect_errors`.
+        tau: improvement factor under which no further learner runs.
+        steps: optimiser steps.
+        batch_tokens: tokens a gate sees each step.
+        lr: of AdamW, 1e-2 as published.
+        seed: of the order of tokens.
+        name: of the phase.
+        checkpoint: folder for checkpoints.
+        resume: go on from the checkpoint there.
+    """
+    items = []
+    for gate, rows in data.items():
+        if not isinstance(gate, ClassificationGate):
+            raise AcmizeError(
+                "gate labels 'threshold' need classification gates; use --preset paper or gate=classification"
+            )
+        labels = torch.stack([threshold_labels(e, tau) for e in rows.damage.unbind(1)], 1)
+        items.append((gate, rows.x, labels.clamp_min(gate.min_choice)))
+
+    def loss(step_seed: Tensor, _step: int) -> dict[str, Tensor]:
+        pick = torch.Generator().manual_seed(int(step_seed))
+        total = torch.zeros(())
+        for gate, x, labels in items:
+            rows = torch.randint(len(x), (min(batch_tokens, len(x)),), generator=pick)
+            logits = gate.logits(x[rows].to(gate.fc1.weight.device))
+            total = total + classification(logits.flatten(0, 1), labels[rows].flatten().to(logits.device)).cpu()
+        return {"loss": total, "cross_entropy": total / len(items)}
+
+    config = FitConfig(epochs=1, lr=lr, clip_norm=None, seed=seed, checkpoint_every=10**9)
+    return fit(
+        name=name, model=nn.ModuleList(data), loss=loss, batches=_seeds(seed, steps), steps_per_epoch=steps,
+        config=config, checkpoint=checkpoint, resume=resume,
+    )  # fmt: skip

@@ -1,0 +1,217 @@
+"""The plan: pure data about what is replaced, at what size, what it costs and what was refused.
+
+A plan is made from a model without changing it (`hosts.make_plan`), prints as a table and round-trips through JSON, so
+that a saved model can be rebuilt without data, network or base weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from acmize.errors import AcmizeError
+from acmize.registry import config_class, method_for
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A replaceable place.
+
+    Attributes:
+        fqn: its dotted path, the name used in plans.
+        kind: "mlp", "attention" or "linear".
+        roles: role -> dotted path: an MLP has fc1, fc2 and, where it is one module with a known activation, module
+            and act; attention has qkv (fused) or q, k, v, and out.
+        options: heads, rotate_qk, rotate_vo (attention); gated, channels_first, drop1, drop2 (mlp).
+    """
+
+    fqn: str
+    kind: str
+    roles: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def mlp(cls, fc1: str, fc2: str) -> Site:
+        """An MLP of two linear layers named by their paths, with any element-wise f(0) = 0 activation between."""
+        return cls(fqn=fc1, kind="mlp", roles={"fc1": fc1, "fc2": fc2})
+
+    @classmethod
+    def attention(
+        cls, *, q: str, k: str, v: str, out: str, heads: int, rotate_qk: bool = True, rotate_vo: bool = True
+    ) -> Site:
+        """Self-attention of four linear layers named by their paths.
+
+        `rotate_qk` must be False where anything acts on q or k before their product (rotary positions, norms);
+        `rotate_vo` where anything lies between the attention-weighted values and `out`.
+        """
+        roles = {"q": q, "k": k, "v": v, "out": out}
+        options = {"heads": heads, "rotate_qk": rotate_qk, "rotate_vo": rotate_vo}
+        return cls(fqn=out, kind="attention", roles=roles, options=options)
+
+    @classmethod
+    def linear(cls, fqn: str) -> Site:
+        """A single linear layer, converted in the low-rank form."""
+        return cls(fqn=fqn, kind="linear", roles={"module": fqn})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanEntry:
+    """One adaptive site.
+
+    Attributes:
+        fqn: unique name; for a part of a fused layer the layer's path and the part ("blocks.0.attn.qkv.q").
+        target: path of the module that is replaced.
+        kind: "mlp", "q", "k", "v", "out" or "linear".
+        form: "prefix", "rotated" or "lowrank".
+        bounds: cumulative widths (0, ..., units), one more than there are learners.
+        heads: heads cut alike.
+        learner_macs: MACs a token of each learner.
+        gate_macs: MACs a token of this entry's share of its gate.
+        min_choice: least number of learners a token runs.
+        tokens: tokens a sample at the model's own input size.
+        macs: MACs a sample of the dense site.
+        roles: paths of the layers it was made of.
+        options: of its site.
+    """
+
+    fqn: str
+    target: str
+    kind: str
+    form: str
+    bounds: tuple[int, ...]
+    heads: int
+    learner_macs: tuple[int, ...]
+    gate_macs: int
+    min_choice: int
+    tokens: int
+    macs: int
+    roles: dict[str, str]
+    options: dict[str, Any]
+
+    @property
+    def num_learners(self) -> int:
+        """N."""
+        return len(self.learner_macs)
+
+    @property
+    def max_macs(self) -> int:
+        """MACs a sample with every learner, gate included."""
+        return self.tokens * (sum(self.learner_macs) + self.gate_macs)
+
+    @property
+    def min_macs(self) -> int:
+        """MACs a sample with the fewest learners, gate included."""
+        return self.tokens * (sum(self.learner_macs[: self.min_choice]) + self.gate_macs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A place that stays dense, and why."""
+
+    fqn: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What goes where, at what size. See the module's docstring.
+
+    Attributes:
+        config: the method's config.
+        macs_dense: MACs of the whole dense model for one sample (attention products, embedding and head included).
+        macs_attention: MACs of the attention products alone, which stay in full.
+        entries: adaptive sites.
+        refused: places left dense, with the reason.
+        merge: tokens merged before each block (0: none).
+        merge_macs_saved: MACs that merging takes off the whole model, a sample.
+    """
+
+    config: Any
+    macs_dense: int
+    entries: tuple[PlanEntry, ...]
+    refused: tuple[Refusal, ...] = ()
+    input_size: tuple[int, ...] = ()
+    schema: int = SCHEMA
+
+    @property
+    def macs_fixed(self) -> int:
+        """MACs a sample that no choice changes: everything dense, and the gates."""
+        return self.macs_dense + sum(e.tokens * e.gate_macs - e.macs for e in self.entries)
+
+    @property
+    def budget_range(self) -> tuple[float, float]:
+        """Smallest and largest share of the dense MACs that the choices can reach."""
+        low = self.macs_dense + sum(e.min_macs - e.macs for e in self.entries)
+        high = self.macs_dense + sum(e.max_macs - e.macs for e in self.entries)
+        return low / self.macs_dense, high / self.macs_dense
+
+    def check_budget(self, budget: float) -> None:
+        """Raise unless the budget can be reached.
+
+        Raises:
+            AcmizeError: outside (0, 1], or below what every token at its fewest learners would cost.
+        """
+        floor = self.budget_range[0]
+        if not 0 < budget <= 1:
+            raise AcmizeError(f"budget: found {budget}, expected a share of the dense MACs above 0 and at most 1")
+        if budget < floor:
+            raise AcmizeError(
+                f"budget: found {budget}, but this plan cannot go below {floor:.3f}; ask for {floor + 0.005:.2f} or more,"
+                " or convert more sites"
+            )
+
+    def by_target(self) -> dict[str, list[PlanEntry]]:
+        """Entries grouped by the module they replace."""
+        groups: dict[str, list[PlanEntry]] = {}
+        for entry in self.entries:
+            groups.setdefault(entry.target, []).append(entry)
+        return groups
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` gives the same plan back."""
+        d = dataclasses.asdict(self)
+        d["method"] = method_for(self.config).name
+        for entry, e in zip(d["entries"], self.entries, strict=True):
+            entry["num_learners"] = e.num_learners
+        return d
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> Plan:
+        """The plan that `to_dict` wrote.
+
+        Raises:
+            AcmizeError: another schema, or fields that are missing, unknown or of a wrong type.
+        """
+        if not isinstance(d, dict) or d.get("schema") != SCHEMA:
+            found = d.get("schema") if isinstance(d, dict) else type(d).__name__
+            raise AcmizeError(f"plan: found schema {found!r}, expected {SCHEMA}; convert again with this version")
+        try:
+            entries = tuple(_entry(e) for e in d["entries"])
+            refused = tuple(Refusal(**r) for r in d["refused"])
+            config = config_class(d["method"])(**d["config"])
+            size = tuple(int(n) for n in d["input_size"])
+            plan = cls(
+                config=config, macs_dense=int(d["macs_dense"]), entries=entries, refused=refused, input_size=size
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise AcmizeError(f"plan: damaged or tampered ({error}); restore the file or convert again") from None
+        return plan
+
+
+def _entry(d: dict[str, Any]) -> PlanEntry:
+    d = {k: v for k, v in d.items() if k != "num_learners"}
+    d["bounds"] = tuple(int(b) for b in d["bounds"])
+    d["learner_macs"] = tuple(int(m) for m in d["learner_macs"])
+    entry = PlanEntry(**d)
+    ok = len(entry.bounds) == len(entry.learner_macs) + 1 and list(entry.bounds) == sorted(set(entry.bounds))
+    if (
+        not ok
+        or entry.bounds[0] != 0
+        or entry.bounds[-1] > 1_000_000
+        or not 0 <= entry.min_choice <= entry.num_learners
+    ):
+        raise ValueError(f"{entry.fqn}: widths {entry.bounds} do not fit {len(entry.learner_macs)} learners")
+    return entry

@@ -1,0 +1,228 @@
+"""Every option of a conversion in one frozen place: what the command line, a YAML file and Python all fill in."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from acmize.errors import AcmizeError
+from acmize.methods.acm import AcmConfig
+from acmize.phases._loop import FitConfig
+from acmize.phases.finetune import FinetuneConfig
+
+PHASES = ("distill", "gates", "finetune")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions:
+    """Phase 1. `epochs` over the training images, AdamW at `lr`, `tokens` of a batch for each site."""
+
+    epochs: int = 2
+    lr: float = 2e-4
+    tokens: int = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateOptions:
+    """Phase 2.
+
+    Attributes:
+        labels: "damage", or the published "threshold" labels with improvement factor `tau`.
+        rounds: times damages are collected: first at full width, then with the gates on at budgets drawn from `budgets`.
+        images: unlabelled images used at most in a round.
+        draws: classes drawn an image.
+        keep_tokens: share of tokens kept for fitting, to bound memory.
+        steps: optimiser steps a round.
+        lr: peak learning rate; None: 3e-3 for damage, 1e-2 as published for threshold labels.
+    """
+
+    labels: str = "damage"
+    tau: float = 1.2
+    rounds: int = 2
+    images: int = 600
+    draws: int = 3
+    keep_tokens: float = 0.5
+    steps: int = 500
+    lr: float | None = None
+    budgets: tuple[float, float] = (0.45, 0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Phase 3: epochs, AdamW at `lr`, and the augmentation of timm.data."""
+
+    epochs: int = 12
+    lr: float = 1e-4
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    ema_decay: float | None = None
+    accumulate: int = 1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    randaugment: str | None = None
+    crop_scale: tuple[float, float] = (0.35, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole conversion.
+
+    Attributes:
+        budget: share of the dense MACs the model is left at.
+        budgets: further budgets that are calibrated and evaluated.
+        phases: which of distill, gates, finetune train; without "gates" or with none of them, gates are still fitted
+            in closed form on collected statistics.
+        acm: sizes of the learners and gates.
+        distill: options of phase 1.
+        gates: options of phase 2.
+        train: options of phase 3.
+        losses: weights of phase 3.
+        target_modules: globs or declarations, see `hosts.parse_targets`.
+        exclude: globs of what stays dense.
+        data: where the data came from.
+        limit: samples a split at most.
+        holdout: share of the training images kept for calibration.
+        moments: images for the statistics of ordering and rotation.
+        batch_size: of every phase.
+        mixed_precision: "no", "bf16" or "fp16".
+        seed: of everything drawn.
+        max_error: relative distillation error above which a site is called failed and left dense.
+    """
+
+    budget: float = 0.5
+    budgets: tuple[float, ...] = (0.9, 0.75, 0.6, 0.5, 0.4)
+    phases: tuple[str, ...] = PHASES
+    acm: AcmConfig = field(default_factory=AcmConfig)
+    distill: DistillOptions = field(default_factory=DistillOptions)
+    gates: GateOptions = field(default_factory=GateOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    losses: FinetuneConfig = field(default_factory=FinetuneConfig)
+    target_modules: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    data: str | None = None
+    limit: int | None = None
+    holdout: float = 0.15
+    moments: int = 300
+    batch_size: int = 32
+    mixed_precision: str = "no"
+    seed: int = 0
+    max_error: float = 0.9
+
+    def __post_init__(self) -> None:
+        unknown = [p for p in self.phases if p not in PHASES]
+        if unknown:
+            raise AcmizeError(f"phases: found {unknown[0]!r}, expected none, all, or some of {', '.join(PHASES)}")
+        if self.gates.labels not in ("damage", "threshold"):
+            raise AcmizeError(f"gate labels: found {self.gates.labels!r}, expected damage or threshold")
+        needed = {"damage": "damage", "threshold": "classification"}[self.gates.labels]
+        if self.acm.gate != needed:
+            raise AcmizeError(
+                f"gate labels {self.gates.labels!r} need gate={needed!r}, found {self.acm.gate!r}; set both or neither"
+            )
+
+    def loop(self, *, epochs: int, lr: float, **rest: Any) -> FitConfig:
+        """Config of the training loop for a phase of this recipe."""
+        return FitConfig(epochs=epochs, lr=lr, seed=self.seed, mixed_precision=self.mixed_precision, **rest)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> Recipe:
+        """A recipe from (part of) a dictionary such as a YAML file's; what is left out has its default.
+
+        Raises:
+            AcmizeError: an option that does not exist, or a value that does not fit.
+        """
+        return _build(cls, d, "recipe")
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Options of a preset, to be merged under one's own.
+
+    "default" is this project's. "paper" is arXiv 2312.10193 without its released defects: 4 random learners, low-rank
+    projections, classification gates on threshold labels, one budget a run, no teacher.
+    """
+    if name == "default":
+        return {}
+    if name == "paper":
+        return {
+            "acm": {"num_learners": 4, "gate": "classification", "projections": "lowrank", "init": "random"},
+            "distill": {"lr": 1e-3},
+            "gates": {"labels": "threshold", "rounds": 1},
+            "losses": {"teacher": 0.0, "features": 0.0},
+            "one_budget": True,
+        }
+    raise AcmizeError(f"preset: found {name!r}, expected default or paper")
+
+
+def resolve(*layers: dict[str, Any], preset_name: str = "default") -> Recipe:
+    """Merge a preset and dictionaries of options, later ones first in rank, into a recipe."""
+    merged: dict[str, Any] = {}
+    for layer in (preset(preset_name), *layers):
+        _merge(merged, layer)
+    if merged.pop("one_budget", False):
+        budget = merged.get("budget", Recipe.budget)
+        merged.setdefault("losses", {}).setdefault("budgets", (budget, budget))
+        merged.setdefault("budgets", (budget,))
+    gates, acm = merged.setdefault("gates", {}), merged.setdefault("acm", {})
+    if "labels" in gates and "gate" not in acm:  # one option decides both
+        acm["gate"] = "classification" if gates["labels"] == "threshold" else "damage"
+    return Recipe.from_dict(merged)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Options from a YAML file.
+
+    Raises:
+        AcmizeError: the file is missing or not a mapping.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise AcmizeError(f"--config {path}: cannot be read ({str(error).splitlines()[0]})") from None
+    if not isinstance(found, dict):
+        raise AcmizeError(f"--config {path}: found {type(found).__name__}, expected options such as `budget: 0.5`")
+    return found
+
+
+def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        elif isinstance(value, dict):
+            into[key] = dict(value)
+        else:
+            into[key] = value
+
+
+_NESTED: dict[str, type] = {
+    "acm": AcmConfig,
+    "distill": DistillOptions,
+    "gates": GateOptions,
+    "train": TrainOptions,
+    "losses": FinetuneConfig,
+}
+
+
+def _build(cls: type, d: dict[str, Any], where: str) -> Any:
+    known = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(set(d) - known)
+    if unknown:
+        raise AcmizeError(f"{where}: unknown option {unknown[0]!r}, expected one of {', '.join(sorted(known))}")
+    values = {}
+    for key, value in d.items():
+        if cls is Recipe and key in _NESTED and isinstance(value, dict):
+            value = _build(_NESTED[key], value, key)
+        values[key] = tuple(value) if isinstance(value, list) else value
+    try:
+        return cls(**values)
+    except AcmizeError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise AcmizeError(f"{where}: {error}") from None
