@@ -2,8 +2,8 @@
 
     plan -> insert -> learners from the weights -> [distill] -> gates -> [finetune] -> calibrate -> evaluate
 
-Every stage leaves its weights in the work folder, so that a conversion that was killed goes on where it stopped and ends
-with the same numbers; each stage draws from generators of its own.
+Every stage leaves its weights in the work folder, so that a conversion that was killed goes on where it stopped and
+ends with the same numbers; each stage draws from generators of its own.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from acmize.gates import choosing, full_width, set_dial
 from acmize.hosts import make_plan
 from acmize.hub import base_of, make_adaptive
 from acmize.init import collect_moments, init_
+from acmize.methods.token_merging import set_schedule
 from acmize.models import load_model
 from acmize.phases.calibrate import Calibration, calibrate, set_budget
 from acmize.phases.distill import distill
@@ -50,7 +51,7 @@ class Images:
         if splits.train is None:
             raise AcmizeError(f"data {splits.name}: found no train split, expected one to fit on; add train/")
         fit, held = split_holdout(splits.train, recipe.holdout, recipe.seed)
-        columns = {"image_column": splits.image_column, "label_column": splits.label_column}
+        columns: dict[str, Any] = {"image_column": splits.image_column, "label_column": splits.label_column}
         channels = {"in_chans": _channels(model)}
         plain = eval_transform(model)
         self.fit = cached(ImageSet(fit, plain, **columns, **channels))
@@ -132,6 +133,7 @@ def convert(
         plan: from `make_plan`, for sites of a module of one's own.
         work: folder for checkpoints; kept on failure, removed on success.
         resume: go on from the checkpoints in `work`.
+        options: fields of a `Recipe`, in place of `recipe`.
 
     Returns:
         A converted copy with `set_budget`, `save_pretrained`, `push_to_hub`, and its measured `results`.
@@ -146,7 +148,9 @@ def convert(
     if budget is not None:
         recipe = Recipe(**{**{f: getattr(recipe, f) for f in recipe.__dataclass_fields__}, "budget": budget})
     if plan is None:
-        plan = make_plan(model, recipe.acm, target_modules=recipe.target_modules, exclude=recipe.exclude)
+        plan = make_plan(
+            model, recipe.acm, target_modules=recipe.target_modules, exclude=recipe.exclude, merge=recipe.merge
+        )
     plan.check_budget(recipe.budget)
     return _Conversion(model, plan, recipe, Images(data, model, recipe), work, resume).run(base)
 
@@ -250,9 +254,8 @@ class _Conversion:
             )
             return
         for number in range(options.rounds):
-            batches = self.images.batches(self.images.fit, options.images, size=20)
-            if number:
-                batches = self._at_drawn_budgets(batches, self._calibrate((0.9, 0.65, 0.45), 0.03), number)
+            calibration = self._calibrate((0.9, 0.7, 0.5), 0.03) if number else None
+            batches = self._at_drawn_budgets(self.images.batches(self.images.fit, options.images, size=20), calibration)
             data = collect_damage(
                 self.model, self.dense, batches, choose=None if number else full_width, generator=generator,
                 draws=options.draws, keep_tokens=options.keep_tokens,
@@ -262,9 +265,14 @@ class _Conversion:
                 name=f"gates-{number + 1}", **self._checkpoint(),
             )  # fmt: skip
 
-    def _at_drawn_budgets(self, batches: Iterator[Tensor], calibration: Calibration, number: int) -> Iterator[Tensor]:
+    def _at_drawn_budgets(self, batches: Iterator[Tensor], calibration: Calibration | None) -> Iterator[Tensor]:
+        """Set a budget drawn for each batch before it is run: what is merged, and the dial once it is calibrated."""
+        low, high = self.recipe.gates.budgets
+        low = max(low, self.plan.budget_range[0])
         for step, batch in enumerate(batches):
-            set_dial(self.model, calibration.dial(drawn_budget(self.recipe.gates.budgets, number, step)))
+            budget = drawn_budget((low, max(low, high)), self.recipe.seed, step)
+            set_schedule(self.model, self.plan.schedule(budget))
+            set_dial(self.model, 0.0 if calibration is None else calibration.dial(budget))
             yield batch
 
     def _finetune(self) -> None:
@@ -274,7 +282,7 @@ class _Conversion:
                 "finetune: found no labels and no teacher loss; give labels, or set losses.teacher above 0"
             )
         batches, steps = self.images.epochs(self.images.augmented, self.recipe.seed + 1)
-        mix = None
+        mix: Any = None
         if train.mixup > 0 or train.cutmix > 0:
             classes = int(self.dense.num_classes)  # pyright: ignore[reportArgumentType]
             mix = mixup(classes, mixup_alpha=train.mixup, cutmix_alpha=train.cutmix, seed=self.recipe.seed)
@@ -336,6 +344,7 @@ def evaluate_saved(
     if weights is not None:
         dense = reference(load_model(model.base["architecture"], weights, **model.base["kwargs"]), batches)
     else:
+        set_schedule(model, ())
         with choosing(model, full_width):
             dense = reference(model, batches)
     saved = [row["budget"] for row in model.results.get("results", [])]

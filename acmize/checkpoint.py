@@ -1,14 +1,18 @@
-"""Files written whole or not at all: safetensors and JSON, under a temporary name that is renamed at the end."""
+"""Files that are either whole or absent: tensors as safetensors, everything else as JSON, nothing pickled.
+
+Every write goes to a temporary name in the same folder, is flushed to the disk, and is renamed into place.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import json
 import os
 import random
+import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,96 +24,226 @@ from torch import Tensor, nn
 
 from acmize.errors import AcmizeError
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+AGAIN = "remove the folder to start again, or name another one"
 
-@contextlib.contextmanager
-def _said(path: Path) -> Iterator[None]:
-    """Turn what the operating system refuses (a full disk, say) into an error with a remedy."""
+
+@contextmanager
+def _disk(path: Path, verb: str) -> Iterator[None]:
+    """Turns what the disk refuses into one sentence for the user."""
     try:
         yield
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise AcmizeError(f"{path}: cannot be written ({why}); free space or choose another folder") from error
-    except SafetensorError as error:
-        raise AcmizeError(f"{path}: cannot be written ({error}); free space or choose another folder") from error
+    except (OSError, SafetensorError) as error:
+        found = re.search(r"os error (\d+)", str(error))  # safetensors hides the errno in its text
+        number = int(found[1]) if found else getattr(error, "errno", None)
+        why = os.strerror(number) if number else str(error)
+        remedy = "free some space or choose another folder" if number in FULL else "check the path and its rights"
+        path = Path(getattr(error, "filename", None) or path)
+        message = f"{path}: cannot {verb}: found {why!r}, expected a place that allows it; {remedy}"
+        raise AcmizeError(message) from error
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, moved over it when the block succeeds and removed when it fails."""
-    path = Path(path)
-    with _said(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _flush(path: Path) -> None:
+    """Forces a file, or on POSIX the names in a folder, to the disk."""
+    if path.is_dir() and os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _atomic_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path` that becomes `path` when the block succeeds."""
+    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _disk(path, "write"):
         try:
-            yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new.touch()
+            mode = new.stat().st_mode
+            yield new
+            new.chmod(mode)  # safetensors replaces the file by one that only its owner can read
+            _flush(new)
+            os.replace(new, path)
+            _flush(path.parent)
         finally:
-            temporary.unlink(missing_ok=True)
+            new.unlink(missing_ok=True)
 
 
-def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors, atomically. Tied and non-contiguous tensors are stored as copies."""
-    own = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    with _replacing(Path(path)) as temporary:
-        save_file(own, temporary, metadata=metadata)
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes tensors as one safetensors file, atomically.
+
+    Args:
+        path: The file; its folder is made if it is missing.
+        tensors: Dense tensors of any device and layout. Tensors that share memory (tied weights, views) are
+            written once for each name, so that every reader finds every name.
+        metadata: Text kept in the file's header.
+
+    Raises:
+        AcmizeError: The disk is full or refuses, or a value is not a tensor that safetensors can hold.
+    """
+    path, ready, seen = Path(path), {}, set()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+            raise AcmizeError(f"{path}: {name}: found {type(tensor).__name__}, expected a dense tensor; leave it out")
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        ready[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    with _atomic_file(path) as new:
+        save_file(ready, new, metadata=dict(metadata) if metadata else None)
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
+    """Reads all tensors of a safetensors file, on the CPU.
 
     Raises:
-        AcmizeError: missing or damaged.
+        AcmizeError: The file is missing or damaged.
     """
     try:
         return load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise AcmizeError(f"{path}: missing or damaged ({error}); restore the file or make it again") from None
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error, "a whole safetensors file") from error
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON, atomically."""
-    with _replacing(Path(path)) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    """Writes JSON, atomically; NaN and infinity are refused, since other readers would refuse them.
+
+    Raises:
+        AcmizeError: The disk is full or refuses, or the value is not JSON.
+    """
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise AcmizeError(f"{path}: {error}; expected finite numbers, text, lists and dicts") from error
+    with _atomic_file(Path(path)) as new:
+        new.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: str | Path) -> Any:
-    """Read JSON.
+    """Reads a JSON file.
 
     Raises:
-        AcmizeError: missing or damaged.
+        AcmizeError: The file is missing or damaged.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise AcmizeError(f"{path}: missing or damaged ({error}); restore the file or make it again") from None
+    except (OSError, ValueError) as error:  # ValueError: not JSON, or not UTF-8
+        raise _unreadable(path, error, "a whole JSON file") from error
 
 
-@contextlib.contextmanager
+def _unreadable(path: str | Path, error: Exception, expected: str) -> AcmizeError:
+    missing = isinstance(error, FileNotFoundError)
+    found, remedy = ("nothing", "check the path") if missing else (repr(str(error)), "copy or save it again")
+    return AcmizeError(f"{path}: found {found}, expected {expected}; {remedy}")
+
+
+def _aside(path: Path, what: str) -> Path:
+    return path.with_name(f".{path.name}.{what}")
+
+
+def recover_dir(path: str | Path) -> bool:
+    """Puts the old folder back if a kill fell between the two renames of `atomic_dir`; True if one exists."""
+    path = Path(os.path.realpath(path))
+    old = _aside(path, "old")
+    if old.is_dir() and not path.exists():
+        with _disk(path, "recover"):
+            old.rename(path)
+    return path.is_dir()
+
+
+@contextmanager
 def atomic_dir(path: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, moved into its place when the block succeeds and removed when it fails.
+    """Yields an empty folder beside `path` that replaces `path`, as a whole, when the block succeeds.
 
-    A folder that is already there is kept until the new one is complete.
+    When the block fails the new folder is removed and an old one stays as it was. One writer at a time.
+
+    Raises:
+        AcmizeError: The disk is full or refuses, or `path` is a file.
     """
-    path = Path(path).absolute()
-    with _said(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    path = Path(os.path.realpath(path))  # a link to a folder stays a link
+    new, old = _aside(path, "new"), _aside(path, "old")
+    if path.exists() and not path.is_dir():
+        raise AcmizeError(f"{path}: found a file, expected a folder or nothing; choose another name")
+    recover_dir(path)
+    with _disk(path, "write"):
         try:
-            yield temporary
-            temporary.chmod(0o755)
-            old = temporary.with_suffix(".old")
+            for leftover in (new, old):
+                if leftover.exists():
+                    shutil.rmtree(leftover)
+            new.mkdir(parents=True)
+            yield new
+            for part in new.rglob("*"):
+                _flush(part)
+            _flush(new)
             if path.exists():
                 path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
+            new.rename(path)
+            _flush(path.parent)
+        except BaseException:
+            recover_dir(path)
+            raise
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(new, ignore_errors=True)
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
 
 
-# --- training state -------------------------------------------------------------------------------------------
+def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The states of the global generators of python, numpy and torch, as tensors and a JSON value."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    tensors = {
+        "python": torch.tensor(numbers, dtype=torch.int64),
+        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return tensors, {"python": [version, gauss], "numpy": [kind, int(position), int(has_gauss), float(cached)]}
+
+
+def set_rng_state(state: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
+    """Restores what `rng_state` returned; states of CUDA devices that this machine lacks are left out."""
+    tensors, rest = state
+    version, gauss = rest["python"]
+    random.setstate((version, tuple(tensors["python"].tolist()), gauss))
+    kind, position, has_gauss, cached = rest["numpy"]
+    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(tensors["torch"])
+    for device in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"cuda.{device}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"cuda.{device}"], device)
+
+
+def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state dict as tensors named `index.name`, and JSON for its groups and scalars."""
+    tensors, scalars = {}, {}
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            (tensors if isinstance(value, Tensor) else scalars)[f"{index}.{name}"] = value
+    groups = []
+    for number, group in enumerate(state["param_groups"]):
+        tensors |= {f"group{number}.{k}": v for k, v in group.items() if isinstance(v, Tensor)}
+        groups.append({k: v for k, v in group.items() if not isinstance(v, Tensor)})
+    return tensors, {"groups": groups, "scalars": scalars}
+
+
+def _unflatten(tensors: dict[str, Tensor], structure: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `_flatten`; `now`, the optimizer's present state dict, says what JSON forgot: tuples."""
+    groups = [dict(group) for group in structure["groups"]]
+    for group, present in zip(groups, now["param_groups"], strict=True):
+        group |= {k: tuple(v) for k, v in group.items() if isinstance(present.get(k), tuple)}
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in [*tensors.items(), *structure["scalars"].items()]:
+        index, name = key.split(".", 1)
+        if index.startswith("group"):
+            groups[int(index[5:])][name] = value
+        else:
+            state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": groups}
 
 
 def save_training_state(
@@ -117,80 +251,85 @@ def save_training_state(
     *,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    progress: dict[str, Any],
-    ema: nn.Module | None = None,
+    step: int,
+    epoch: int,
+    extra: dict[str, Any],
+    ema: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Everything a resumed run needs: weights, optimiser, generators, and `progress` (JSON)."""
-    state = optimizer.state_dict()
-    tensors, scalars = {}, {}
-    for index, slots in state["state"].items():
-        for key, value in slots.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{key}"] = value
-            else:
-                scalars[f"{index}.{key}"] = value
+    """Writes all that an exact resume needs into `folder`, which is replaced as a whole.
+
+    Args:
+        folder: Holds `model`, `optimizer`, `rng` and perhaps `ema` as safetensors, and `state.json`.
+        model: Its whole state dict is written; every entry has to be a tensor.
+        optimizer: Any torch optimizer; schedulers belong into `extra`, or follow from the step.
+        step: Optimizer steps done.
+        epoch: Epochs done, or begun.
+        extra: JSON values of the caller.
+        ema: Averaged tensors by name.
+
+    Raises:
+        AcmizeError: The disk is full or refuses.
+    """
+    tensors, structure = _flatten(optimizer.state_dict())
+    rng_tensors, rng = rng_state()
     with atomic_dir(folder) as new:
         save_tensors(new / "model.safetensors", model.state_dict())
         save_tensors(new / "optimizer.safetensors", tensors)
-        save_tensors(new / "random.safetensors", _generators())
+        save_tensors(new / "rng.safetensors", rng_tensors)
         if ema is not None:
-            save_tensors(new / "ema.safetensors", ema.state_dict())
-        version, words, position = random.getstate()
-        python = [version, list(words), position]
-        groups = [{k: v for k, v in g.items() if k != "params"} for g in state["param_groups"]]
-        write_json(new / "state.json", {"progress": progress, "scalars": scalars, "groups": groups, "random": python})
+            save_tensors(new / "ema.safetensors", ema)
+        state = {"step": step, "epoch": epoch, "extra": extra, "optimizer": structure, "rng": rng}
+        write_json(new / "state.json", state)
 
 
 def load_training_state(
-    folder: str | Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None = None
+    folder: str | Path,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Put back what `save_training_state` wrote and return its progress.
+    """Restores what `save_training_state` wrote, random generators included; changes all or nothing.
+
+    Returns:
+        `step`, `epoch` and `extra` as they were given.
 
     Raises:
-        AcmizeError: damaged, or of another model or optimiser.
+        AcmizeError: A file is missing, damaged, or belongs to another model or optimizer.
     """
+    recover_dir(folder)
     folder = Path(folder)
-    stored = read_json(folder / "state.json")
-    state = optimizer.state_dict()
-    slots: dict[int, dict[str, Any]] = {}
+    state = read_json(folder / "state.json")
+    weights = load_tensors(folder / "model.safetensors")
+    moments = load_tensors(folder / "optimizer.safetensors")
+    averages = load_tensors(folder / "ema.safetensors") if ema is not None else {}
+    rng_tensors = load_tensors(folder / "rng.safetensors")
+    _compare(folder / "model.safetensors", weights, model.state_dict())
+    _compare(folder / "ema.safetensors", averages, ema or {})
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     try:
-        values = {**load_tensors(folder / "optimizer.safetensors"), **stored["scalars"]}
-        for name, value in values.items():
-            index, key = name.split(".", 1)
-            slots.setdefault(int(index), {})[key] = value
-        model.load_state_dict(load_tensors(folder / "model.safetensors"))
-        if ema is not None:
-            ema.load_state_dict(load_tensors(folder / "ema.safetensors"))
-        groups = [{**g, **kept} for g, kept in zip(state["param_groups"], stored["groups"], strict=True)]
-        optimizer.load_state_dict({"state": slots, "param_groups": groups})
-        _set_generators(load_tensors(folder / "random.safetensors"), stored["random"])
-        return stored["progress"]
-    except AcmizeError:
-        raise
-    except (KeyError, ValueError, RuntimeError, TypeError) as error:
-        first = str(error).splitlines()[0]
+        restored = _unflatten(moments, state["optimizer"], optimizer.state_dict())
+        for index, values in restored["state"].items():
+            for value in values.values():
+                if isinstance(value, Tensor) and value.ndim and value.shape != params[index].shape:
+                    raise ValueError(f"parameter {index} of shape {list(value.shape)}")
+        rest = {key: state[key] for key in ("step", "epoch", "extra")}
+        set_rng_state((rng_tensors, state["rng"]))
+        optimizer.load_state_dict(restored)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise AcmizeError(
-            f"{folder}: checkpoint damaged or of another run ({first}); remove it and start anew"
-        ) from None
+            f"{folder / 'state.json'}: found {error}, expected the state of this optimizer; {AGAIN}"
+        ) from error
+    model.load_state_dict(weights)
+    for name, tensor in (ema or {}).items():
+        tensor.copy_(averages[name])
+    return rest
 
 
-def _generators() -> dict[str, Tensor]:
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    assert name == "MT19937"
-    states = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64))}
-    states["numpy_rest"] = torch.tensor([float(position), float(has_gauss), float(cached)], dtype=torch.float64)
-    if torch.cuda.is_available():
-        states |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
-def _set_generators(states: dict[str, Tensor], python: list[Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    position, has_gauss, cached = states["numpy_rest"].tolist()
-    keys = states["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
-    version, words, place = python
-    random.setstate((version, tuple(words), place))
-    cuda = [states[k] for k in sorted(states) if k.startswith("cuda")]
-    if cuda and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(cuda)
+def _compare(file: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Refuses a file whose names or shapes are not the expected ones, naming the first that differs."""
+    for name in sorted(found.keys() | expected.keys()):
+        here = list(found[name].shape) if name in found else "nothing"
+        there = list(expected[name].shape) if name in expected else "nothing"
+        if here != there:
+            raise AcmizeError(f"{file}: {name}: found {here}, expected {there}; {AGAIN}")

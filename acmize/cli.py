@@ -18,7 +18,7 @@ from rich.table import Table
 from acmize.__about__ import __version__
 from acmize.errors import AcmizeError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__.splitlines()[0])
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Adaptive computation for pretrained models.")
 out, err = Console(), Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="timm model, such as deit_tiny_patch16_224")]
@@ -85,7 +85,7 @@ def plan(
 
     recipe = _recipe(preset, config, _acm(num_learners, learner_dim))
     dense = load_model(model, weights) if weights is not None else architecture(model)
-    made = make_plan(dense, recipe.acm, target_modules=target_modules or (), exclude=exclude or ())
+    made = make_plan(dense, recipe.acm, target_modules=target_modules or (), exclude=exclude or (), merge=recipe.merge)
     if budget is not None:
         made.check_budget(budget)
     if as_json:
@@ -142,7 +142,7 @@ def convert(
     num_learners: Learners = None,
     learner_dim: Width = None,
     gate_labels: Annotated[str | None, typer.Option(help="damage, or threshold (published)")] = None,
-    merge: Annotated[int | None, typer.Option(help="tokens merged before each block")] = None,
+    merge: Annotated[str | None, typer.Option(help="merge tokens: auto, none, or pairs before each block")] = None,
     epochs: Annotated[int | None, typer.Option(help="epochs of finetune")] = None,
     limit: Annotated[int | None, typer.Option(help="samples a split at most")] = None,
     batch_size: Annotated[int | None, typer.Option(help="of every phase")] = None,
@@ -157,7 +157,7 @@ def convert(
 
     flags: dict[str, Any] = {
         **_acm(num_learners, learner_dim),
-        **_given(budget=budget, limit=limit, batch_size=batch_size, seed=seed, merge=merge, data=data),
+        **_given(budget=budget, limit=limit, batch_size=batch_size, seed=seed, merge=_merge(merge), data=data),
         **_given(target_modules=_tuple(target_modules), exclude=_tuple(exclude), phases=_phases(phases)),
     }
     if gate_labels is not None:
@@ -274,6 +274,10 @@ def _given(**options: Any) -> dict[str, Any]:
 
 def _tuple(values: list[str] | None) -> tuple[str, ...] | None:
     return None if not values else tuple(values)
+
+
+def _merge(text: str | None) -> str | int | None:
+    return int(text) if text is not None and text.lstrip("-").isdigit() else text
 
 
 def _phases(text: str | None) -> tuple[str, ...] | None:

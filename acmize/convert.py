@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from acmize.errors import AcmizeError
+from acmize.methods.token_merging import install_merging, why_not
 from acmize.plan import Plan
 from acmize.registry import method_for
 
@@ -25,7 +26,7 @@ def convert_(model: nn.Module, plan: Plan) -> nn.Module:
     modules = dict(model.named_modules())
     method = method_for(plan.config)
     made: dict[str, nn.Module] = {}
-    for target, entries in plan.by_target().items():
+    for target, entries in plan.by_gate().items():
         for path in (target, *entries[0].roles.values()):
             if path not in modules:
                 raise AcmizeError(
@@ -35,10 +36,14 @@ def convert_(model: nn.Module, plan: Plan) -> nn.Module:
             made |= method.build(modules, entries, plan.config, plan.macs_dense)
         except (RuntimeError, AttributeError, KeyError) as error:
             raise AcmizeError(f"{target}: this model's layer does not fit the plan ({error})") from None
+    if plan.merging is not None and (reason := why_not(model)) is not None:
+        raise AcmizeError(f"the plan merges tokens, but this model cannot: {reason}")
     reference = next(model.parameters())
     for path, module in made.items():
         parent, _, name = path.rpartition(".")
         module.to(device=reference.device, dtype=reference.dtype)
         module.train(model.training)
         setattr(model.get_submodule(parent), name, module)
+    if plan.merging is not None:
+        install_merging(model)
     return model

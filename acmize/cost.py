@@ -37,8 +37,16 @@ def count_macs(model: nn.Module, *inputs: Any) -> int:
         Multiply-adds of the whole forward.
     """
     counter = FlopCounterMode(display=False)
-    with evaluating(model), sdpa_kernel(SDPBackend.MATH), counter:
-        model(*inputs)
+    # The counter hooks the gradient of every input of a module; a parameter that is one (a pooling query) breaks it.
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in learnt:
+            p.requires_grad_(False)
+        with evaluating(model), sdpa_kernel(SDPBackend.MATH), counter:
+            model(*inputs)
+    finally:
+        for p in learnt:
+            p.requires_grad_(True)
     return counter.get_total_flops() // 2
 
 

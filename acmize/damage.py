@@ -31,16 +31,18 @@ def logits_of(output: object) -> Tensor:
 
 @dataclass
 class GateData:
-    """What one gate is fitted on: `x` (M, D) its inputs, `damage` (M, G, N)."""
+    """What one gate is fitted on: `x` (M, D) its inputs, `damage` (M, G, N), `dial` (M, 1) where the dial stood."""
 
     x: Tensor
     damage: Tensor
+    dial: Tensor
 
 
 @dataclass
 class _Rows:
     x: list[Tensor] = field(default_factory=list)
     damage: list[Tensor] = field(default_factory=list)
+    dial: list[Tensor] = field(default_factory=list)
 
 
 def collect_damage(
@@ -59,7 +61,7 @@ def collect_damage(
         model: the converted model, run in eval mode by the masked backend.
         teacher: the dense model, whose softmax the classes are drawn from.
         batches: inputs, without labels.
-        choose: `full_width` for a first round; None to collect with the gates on, where errors come from earlier layers.
+        choose: `full_width` for a first round; None to collect with the gates on, where earlier layers err.
         generator: for the drawn classes and the tokens kept.
         draws: classes drawn a sample, a backward pass each.
         keep_tokens: share of tokens kept, to bound memory.
@@ -83,7 +85,7 @@ def collect_damage(
         model.train(training)
         for p in frozen:
             p.requires_grad_(True)
-    return {gate: GateData(torch.cat(r.x), torch.cat(r.damage)) for gate, r in rows.items()}
+    return {gate: GateData(torch.cat(r.x), torch.cat(r.damage), torch.cat(r.dial)) for gate, r in rows.items()}
 
 
 def _one_batch(
@@ -97,7 +99,7 @@ def _one_batch(
 ) -> None:
     with torch.enable_grad(), choosing(model, choose, probe=True), record(model, len(batch), keep_inputs=True) as seen:
         logits = logits_of(model(batch)).float()
-        keeps = [decision.keep for _, _, decision in seen.seen]
+        keeps = [decision.keep for _, _, decision in seen.seen if decision.keep is not None]
         damages: list[Tensor | float] = [0.0] * len(keeps)
         for r in range(drawn.shape[1]):
             loss = F.cross_entropy(logits, drawn[:, r], reduction="sum")
@@ -123,3 +125,4 @@ def _keep_rows(
     into = rows.setdefault(module.gate, _Rows())
     into.x.append(x[pick].float().cpu())
     into.damage.append(damage[pick].float().cpu())
+    into.dial.append(module.gate.dial.float().cpu().expand(count, 1))

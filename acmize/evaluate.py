@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from acmize.cost import evaluating
 from acmize.damage import logits_of
 from acmize.gates import Choose, choosing, record
+from acmize.methods.token_merging import schedule_of
 from acmize.phases.calibrate import Calibration, missed, set_budget
 from acmize.plan import Plan
 
@@ -64,11 +65,12 @@ def evaluate_at(
         macs_ratio_std (spread over samples), seconds, sites (entry -> mean share of its learners that ran).
     """
     logits, shares, load, start = [], [], {}, time.perf_counter()
+    rest = plan.macs_rest(schedule_of(model))
     with evaluating(model), choosing(model, choose):
         for inputs, _ in batches:
             with record(model, len(inputs)) as seen:
                 logits.append(logits_of(model(inputs)).float().cpu())
-            shares.append((plan.macs_fixed + seen.executed().double().cpu()) / plan.macs_dense)
+            shares.append((rest + seen.executed().double().cpu()) / plan.macs_dense)
             for name, parts in seen.macs.items():
                 load.setdefault(name, []).append((parts[-1] / seen.most[name]).cpu())
     out, ratio = torch.cat(logits), torch.cat(shares)

@@ -54,29 +54,46 @@ def hard_keep(choice: Tensor, num_learners: int) -> Tensor:
     return torch.arange(num_learners, device=choice.device) < choice.unsqueeze(-1)
 
 
-class Gate(nn.Module):
-    """Base of all gates: from energies to a decision.
+@dataclass(frozen=True, kw_only=True)
+class GateSpec:
+    """Sizes of a gate.
 
-    Args:
-        learner_macs: (G, N) MACs a token that each further learner of each group costs.
-        macs_total: MACs of the whole dense model for the same unit of input divided by nothing: the unit of `cost`.
-        min_choice: the least number of learners that may run.
+    Attributes:
+        dim: input width D.
+        hidden: width of its hidden layers.
+        learner_macs: (G, N) MACs a token of each learner of each group.
+        gate_macs: (G,) each group's share of the gate's own MACs a token.
+        macs_total: MACs a sample of the whole dense model, the unit of cost.
+        min_choice: least number of learners that may run.
     """
+
+    dim: int
+    hidden: int
+    learner_macs: tuple[tuple[int, ...], ...]
+    gate_macs: tuple[int, ...]
+    macs_total: int
+    min_choice: int = 0
+
+
+class Gate(nn.Module):
+    """Base of all gates: from energies to a decision."""
 
     dial_range: tuple[float, float]
     learner_macs: Tensor
     cost: Tensor
     price: Tensor
+    dial: Tensor
 
-    def __init__(self, learner_macs: list[tuple[int, ...]], macs_total: int, min_choice: int = 0) -> None:
+    def __init__(self, spec: GateSpec) -> None:
         super().__init__()
-        macs = torch.tensor(learner_macs, dtype=torch.float32)
+        macs = torch.tensor(spec.learner_macs, dtype=torch.float32)
         self.groups, self.num_learners = macs.shape
-        self.min_choice = min_choice
-        cost = F.pad(macs.cumsum(-1), (1, 0)) / macs_total
+        self.min_choice, self.gate_macs = spec.min_choice, spec.gate_macs
+        cost = F.pad(macs.cumsum(-1), (1, 0)) / spec.macs_total
         self.register_buffer("learner_macs", macs, persistent=False)
         self.register_buffer("cost", cost, persistent=False)  # (G, N + 1), share of the dense model's MACs a token
         self.register_buffer("price", torch.zeros(()))
+        self.register_buffer("dial", torch.zeros(()))
         self.temperature = 0.1
         self.choose: Choose | None = None  # overrides the energies: full width, static, random
         self.probe = False  # make `keep` a leaf whose gradient is wanted
@@ -124,26 +141,26 @@ class Gate(nn.Module):
 class DamageGate(Gate):
     """Predicts log damage and weighs it against the price of MACs.
 
-    Args:
-        dim: input width D.
-        hidden: width of the one hidden layer, shared by the groups.
-        learner_macs: (G, N) MACs of each learner, a token.
-        macs_total: MACs of the whole dense model.
-        min_choice: least number of learners.
+    The damage of a choice depends on how much the rest of the model is cut, so the first layer also sees the position
+    of the dial (`level`).
     """
 
     dial_range = (1e-7, 1e4)
 
-    def __init__(
-        self, dim: int, hidden: int, learner_macs: list[tuple[int, ...]], macs_total: int, min_choice: int = 0
-    ) -> None:
-        super().__init__(learner_macs, macs_total, min_choice)
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, self.groups * self.num_learners)
+    def __init__(self, spec: GateSpec) -> None:
+        super().__init__(spec)
+        self.fc1 = nn.Linear(spec.dim, spec.hidden)
+        self.fc2 = nn.Linear(spec.hidden, self.groups * self.num_learners)
+        self.level = nn.Parameter(torch.zeros(spec.hidden))
 
-    def log_damage(self, x: Tensor) -> Tensor:
-        """X (..., D) -> (..., G, N): log damage of running 0..N-1 learners (running all does none)."""
-        eta = self.fc2(F.gelu(self.fc1(x))).unflatten(-1, (self.groups, self.num_learners))
+    def log_damage(self, x: Tensor, dial: Tensor | None = None) -> Tensor:
+        """X (..., D) -> (..., G, N): log damage of running 0..N-1 learners (running all does none).
+
+        `dial` (..., 1) is the position of the dial for each token; the gate's own by default.
+        """
+        level = self.level * (self.dial if dial is None else dial)
+        h = F.linear(x, self.fc1.weight) + (self.fc1.bias + level)
+        eta = self.fc2(F.gelu(h)).unflatten(-1, (self.groups, self.num_learners))
         return eta.float().clamp(-25.0, 10.0)
 
     def energies(self, x: Tensor) -> Tensor:
@@ -153,7 +170,7 @@ class DamageGate(Gate):
 
     def soft_scores(self, energy: Tensor) -> Tensor:
         """In units of the price of the whole site, so that one temperature suits every site and budget."""
-        unit = self.price * self.cost[:, -1:]
+        unit = (self.price * self.cost[:, -1:]).clamp_min(1e-20)  # a price of 0 would divide by it
         return -(energy / unit) / self.temperature
 
     def price_at(self, dial: float) -> float:
@@ -167,13 +184,11 @@ class ClassificationGate(Gate):
 
     dial_range = (-30.0, 30.0)
 
-    def __init__(
-        self, dim: int, hidden: int, learner_macs: list[tuple[int, ...]], macs_total: int, min_choice: int = 0
-    ) -> None:
-        super().__init__(learner_macs, macs_total, min_choice)
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, hidden)
-        self.fc3 = nn.Linear(hidden, self.groups * (self.num_learners + 1))
+    def __init__(self, spec: GateSpec) -> None:
+        super().__init__(spec)
+        self.fc1 = nn.Linear(spec.dim, spec.hidden)
+        self.fc2 = nn.Linear(spec.hidden, spec.hidden)
+        self.fc3 = nn.Linear(spec.hidden, self.groups * (self.num_learners + 1))
         self.temperature = 0.8
 
     def logits(self, x: Tensor) -> Tensor:
@@ -207,6 +222,7 @@ def set_dial(model: nn.Module, dial: float) -> None:
     """Set every gate's price to the one at this position of the dial, 0 (most compute) to 1 (least)."""
     for gate in gates_of(model):
         gate.price.fill_(gate.price_at(dial))
+        gate.dial.fill_(dial)
 
 
 def full_width(gate: Gate, x: Tensor) -> Tensor:
@@ -271,6 +287,7 @@ class Recorder:
         macs: entry -> list of (samples,) executed MACs of the site, a tensor a forward.
         expected: entry -> list of (samples,) MACs through `keep`, differentiable.
         most: entry -> list of MACs a sample if every learner ran.
+        gates: entry -> MACs a sample of its share of the gate.
         choices: entry -> histogram (N + 1,) of choices.
         seen: module -> (input, decision), when `keep_inputs`.
     """
@@ -280,6 +297,7 @@ class Recorder:
     macs: dict[str, list[Tensor]] = field(default_factory=dict)
     expected: dict[str, list[Tensor]] = field(default_factory=dict)
     most: dict[str, float] = field(default_factory=dict)
+    gates: dict[str, float] = field(default_factory=dict)
     choices: dict[str, Tensor] = field(default_factory=dict)
     per_token: dict[str, Tensor] = field(default_factory=dict)
     seen: list[tuple[AdaptiveModule, Tensor, Decision]] = field(default_factory=list)
@@ -293,6 +311,7 @@ class Recorder:
         for g, name in enumerate(module.names):
             one = decision.group(g)
             self.macs.setdefault(name, []).append(executed[..., g].reshape(self.samples, -1).sum(1))
+            self.gates[name] = gate.gate_macs[g] * one.choice.numel() / self.samples
             self.most[name] = float(gate.learner_macs[g].sum()) * one.choice.numel() / self.samples
             histogram = torch.bincount(one.choice.reshape(-1), minlength=gate.num_learners + 1)
             self.choices[name] = self.choices.get(name, 0) + histogram
@@ -302,12 +321,12 @@ class Recorder:
                 self.expected.setdefault(name, []).append(soft.reshape(self.samples, -1).sum(1))
 
     def executed(self) -> Tensor:
-        """(samples,) executed MACs of all adaptive sites in the last forward."""
-        return torch.stack([parts[-1] for parts in self.macs.values()]).sum(0)
+        """(samples,) executed MACs of all adaptive sites in the last forward, their gates included."""
+        return torch.stack([parts[-1] for parts in self.macs.values()]).sum(0) + sum(self.gates.values())
 
     def differentiable(self) -> Tensor:
         """(samples,) the same through `keep`: hard value, soft gradient."""
-        return torch.stack([parts[-1] for parts in self.expected.values()]).sum(0)
+        return torch.stack([parts[-1] for parts in self.expected.values()]).sum(0) + sum(self.gates.values())
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from torch import nn
 
 from acmize.cost import count_macs, tokens_at
 from acmize.errors import AcmizeError
-from acmize.plan import Plan, PlanEntry, Refusal, Site
+from acmize.methods.token_merging import why_not
+from acmize.plan import Merging, Plan, PlanEntry, Refusal, Site
 from acmize.registry import Refused, method_for
 
 Found = list[Site | Refusal]
@@ -128,9 +129,14 @@ def _beit_attention(fqn: str, _module: Any) -> Found:
     return [Refusal(fqn=fqn, reason="its forward reads qkv.weight directly, so qkv cannot be replaced")]
 
 
-@_handles("timm.models.swin_transformer.WindowAttention")
+@_handles("timm.models.swin_transformer.WindowAttention", "timm.models.swin_transformer_v2.WindowAttention")
 def _window_attention(fqn: str, _module: Any) -> Found:
     return [Refusal(fqn=fqn, reason="window attention: only the MLPs of this family are converted")]
+
+
+@_handles("torch.nn.MultiheadAttention")
+def _torch_attention(fqn: str, _module: Any) -> Found:
+    return [Refusal(fqn=fqn, reason="MultiheadAttention reads its weights past the forward of its layers")]
 
 
 # --- discovery ------------------------------------------------------------------------------------------------
@@ -148,12 +154,22 @@ def find_sites(model: nn.Module) -> Found:
         if handler is not None and not any(fqn.startswith(p + ".") for p in inside):
             found += handler(fqn, module)
             inside.add(fqn)
+    return found + _rest(model, inside)
+
+
+def _rest(model: nn.Module, inside: set[str]) -> list[Refusal]:
+    """A refusal for every linear layer that is not one of these modules, nor within one."""
+    refused = []
     for fqn, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not any(fqn == p or fqn.startswith(p + ".") for p in inside):
+        if isinstance(module, nn.Linear) and not any(_within(fqn, path) for path in inside):
             parent = type(model.get_submodule(fqn.rpartition(".")[0])).__name__
             reason = f"a linear layer of {parent}, which is not known; name it with --target-modules to convert it"
-            found.append(Refusal(fqn=fqn, reason=reason))
-    return found
+            refused.append(Refusal(fqn=fqn, reason=reason))
+    return refused
+
+
+def _within(fqn: str, path: str) -> bool:
+    return fqn == path or fqn.startswith(f"{path}.")
 
 
 _CALL = re.compile(r"^(?P<path>[^:]+):(?P<kind>mlp|attention|linear)(?:\((?P<args>[^)]*)\))?$")
@@ -221,7 +237,7 @@ def example_input(model: nn.Module, batch_size: int = 1) -> torch.Tensor:
         size = (size[0], *img)
     if size is None:
         raise AcmizeError(
-            f"{type(model).__name__} names no input size; pass example=(tensor,) to make_plan so that MACs can be counted"
+            f"{type(model).__name__} names no input size; pass example=(tensor,) to make_plan to count MACs"
         )
     reference = next(model.parameters())
     return torch.zeros(batch_size, *size, device=reference.device, dtype=reference.dtype)
@@ -235,6 +251,7 @@ def make_plan(
     sites: Iterable[Site] = (),
     target_modules: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    merge: str | int = "none",
 ) -> Plan:
     """What would be converted, at what size and cost, and what not and why. The model is not changed.
 
@@ -245,18 +262,17 @@ def make_plan(
         sites: declared sites of a module of one's own, in place of discovery.
         target_modules: globs over sites, or declarations (see `parse_targets`).
         exclude: globs over entries, sites and their modules that stay dense.
+        merge: merge tokens too: "none", "auto" (as many as suit the budget, where it is sound), or pairs before each
+            block at every budget.
 
     Raises:
         AcmizeError: nothing to convert, or a pattern that matches nothing.
     """
     globs, declared = parse_targets(model, target_modules)
     declared += list(sites)
-    found: Found = list(declared) if declared else find_sites(model)
     modules = dict(model.named_modules())
-    for site in declared:
-        for role, fqn in site.roles.items():
-            if fqn not in modules:
-                raise AcmizeError(f"site {site.fqn}: {role}={fqn!r} is not a module of this model; see named_modules()")
+    _check_declared(model, modules, declared)
+    found = _found(model, declared, bool(globs))
     inputs = example if example is not None else (example_input(model),)
     drafts: list[tuple[dict[str, Any], Site]] = []
     refused: list[Refusal] = []
@@ -264,7 +280,7 @@ def make_plan(
 
     def wanted(fqn: str, target: str, site: Site) -> bool:
         names = (fqn, target, site.fqn)
-        chosen = not globs or any(fnmatch.fnmatchcase(n, g) and (used.add(g) or True) for g in globs for n in names)
+        chosen = not globs or site in declared or any(fnmatch.fnmatchcase(n, g) and (used.add(g) or True) for g in globs for n in names)
         dropped = [g for g in exclude for n in names if fnmatch.fnmatchcase(n, g)]
         used.update(dropped)
         if chosen and dropped:
@@ -277,6 +293,9 @@ def make_plan(
         if isinstance(item, Refusal):
             refused.append(item)
             continue
+        if reason := _unfit(item, modules):
+            refused.append(Refusal(fqn=item.fqn, reason=reason))
+            continue
         try:
             keep = lambda fqn, target, site=item: wanted(fqn, target, site)  # noqa: E731
             drafts += [(d, item) for d in method_for(config).plan(item, modules, config, keep)]
@@ -286,15 +305,109 @@ def make_plan(
     if unused:
         raise AcmizeError(f"pattern {unused[0]!r} matches no site; `acmize plan` lists them")
     if not drafts:
-        why = f" ({refused[0].fqn}: {refused[0].reason})" if refused else ""
+        told = [r for r in refused if "--num-learners" in r.reason] or refused
+        why = f" ({told[0].fqn}: {told[0].reason})" if told else ""
         raise AcmizeError(f"nothing to convert in this {type(model).__name__}{why}")
     entries = _complete(model, modules, drafts, inputs)
+    merging = None
+    if merge not in ("none", 0):
+        reason = why_not(model)
+        if reason is None:
+            merging = _merging(model, entries, merge)
+        elif merge == "auto":
+            refused.append(Refusal(fqn="blocks", reason=reason))
+        else:
+            raise AcmizeError(f"--merge {merge}: {reason}; leave it out")
     return Plan(
         config=config,
         macs_dense=count_macs(model, *inputs),
         entries=entries,
         refused=tuple(refused),
         input_size=tuple(inputs[0].shape[1:]) if isinstance(inputs[0], torch.Tensor) else (),
+        merging=merging,
+    )
+
+
+def _found(model: nn.Module, declared: list[Site], known_too: bool) -> Found:
+    """Declared sites, and known ones beside them where globs ask for some; else the rest is refused."""
+    if not declared:
+        return find_sites(model)
+    taken = {path for site in declared for path in site.roles.values()}
+    if not known_too:
+        return [*declared, *_rest(model, taken)]
+    rest: Found = []
+    for item in find_sites(model):
+        paths = {*item.roles.values()} if isinstance(item, Site) else {item.fqn}
+        hit = sorted(path for path in paths if any(_within(path, t) or _within(t, path) for t in taken))
+        if not hit:
+            rest.append(item)
+        elif isinstance(item, Site):
+            reason = f"{hit[0]} is declared by --target-modules"
+            rest += [Refusal(fqn=p, reason=reason) for p in sorted(paths - taken) if type(model.get_submodule(p)) in _PLAIN]
+    return [*declared, *rest]
+
+
+_PLAIN = (nn.Linear, nn.Conv2d)
+
+
+def _check_declared(model: nn.Module, modules: dict[str, Any], declared: list[Site]) -> None:
+    """Raise for a declared site that cannot be one: the user wrote it and can mend it."""
+    seen: dict[str, Site] = {}
+    for site in declared:
+        for role, fqn in site.roles.items():
+            if fqn not in modules:
+                raise AcmizeError(f"site {site.fqn}: {role}={fqn!r} is not a module of this model; see named_modules()")
+            if fqn in seen:
+                raise AcmizeError(f"site {site.fqn}: {role}={fqn!r} is declared twice; each layer has one site")
+        if reason := _unfit(site, modules):
+            raise AcmizeError(f"site {site.fqn}: {reason}")
+        seen |= dict.fromkeys(site.roles.values(), site)
+
+
+def _unfit(site: Site, modules: dict[str, Any]) -> str | None:
+    """Why the layers of a site do not fit together, or None."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for role, fqn in site.roles.items():
+        layer = modules[fqn]
+        if role == "act":
+            if any(p.numel() > 1 for p in layer.parameters()):
+                return f"its activation {type(layer).__name__} has a parameter for each unit"
+        elif role != "module" or site.kind == "linear":
+            pointwise = type(layer) is nn.Conv2d and layer.kernel_size == (1, 1) and layer.groups == 1
+            if type(layer) is not nn.Linear and not (pointwise and site.options.get("channels_first")):
+                return f"{role}={fqn!r} is a {type(layer).__name__}, expected nn.Linear"
+            sizes[role] = layer.weight.shape[:2]
+    if site.kind == "mlp":
+        units = sizes["fc1"][0] // (2 if site.options.get("packed") else 1)
+        if sizes["fc2"][1] != units:
+            return f"fc2={site.roles['fc2']!r} takes {sizes['fc2'][1]} units, but fc1={site.roles['fc1']!r} gives {units}"
+    elif site.kind == "attention":
+        heads, width = site.options["heads"], sizes["out"][1]
+        given = {"qkv": sizes["qkv"][0] / 3} if "qkv" in sizes else {k: sizes[k][0] for k in "qkv"}
+        if heads < 1 or width % heads or any(size != width for size in given.values()):
+            return f"heads={heads}, widths {given}: expected {width} each, as out takes, and a whole number for each head"
+    return None
+
+
+def _merging(model: Any, entries: tuple[PlanEntry, ...], merge: str | int) -> Merging:
+    if isinstance(merge, str) and merge != "auto":
+        raise AcmizeError(f"merge: found {merge!r}, expected auto, none, or a number of pairs")
+    if isinstance(merge, int) and merge < 0:
+        raise AcmizeError(f"merge: found {merge}, expected a number of pairs of at least 0")
+    dense = []
+    for i, block in enumerate(model.blocks):
+        inside = [e for e in entries if e.fqn.startswith(f"blocks.{i}.")]
+        linear = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
+        dense.append(linear - sum(e.macs // e.tokens for e in inside))
+    attn = model.blocks[0].attn
+    return Merging(
+        tokens=next(e.tokens for e in entries if e.fqn.startswith("blocks.")),
+        prefix=int(getattr(model, "num_prefix_tokens", 1)),
+        blocks=len(model.blocks),
+        dim=int(model.embed_dim),
+        attention_dim=attn.proj.in_features,
+        dense_macs=tuple(dense),
+        fixed=None if merge == "auto" else int(merge),
     )
 
 

@@ -40,6 +40,7 @@ class Adaptive:
     base: dict[str, Any]
     results: dict[str, Any]
     recipe: dict[str, Any]
+    budget: float | None = None
 
     def set_budget(self, budget: float) -> None:
         """Spend this share of the dense model's MACs on average, gates included.
@@ -47,6 +48,7 @@ class Adaptive:
         Raises:
             AcmizeError: below what the plan can reach, or not calibrated.
         """
+        self.budget = budget
         set_budget(self, self.plan, self.calibration, budget)  # pyright: ignore[reportArgumentType]
 
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -66,7 +68,7 @@ def make_adaptive(
     results: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None,
 ) -> Any:
-    """Give a converted model `set_budget`, `save_pretrained` and `push_to_hub`; `isinstance` of its class still holds."""
+    """Give a converted model `set_budget`, `save_pretrained` and `push_to_hub`; it stays an instance of its class."""
     cls = type(model)
     if not isinstance(model, Adaptive):
         model.__class__ = type(f"Adaptive{cls.__name__}", (Adaptive, cls), {"__module__": cls.__module__})
@@ -105,7 +107,15 @@ def save_pretrained(model: Any, folder: str | Path) -> Path:
     """See `Adaptive.save_pretrained`."""
     folder = Path(folder)
     with atomic_dir(folder) as new:
-        write_json(new / "config.json", {"schema": SCHEMA, "acmize": __about__.__version__, "base": model.base})
+        write_json(
+            new / "config.json",
+            {
+                "schema": SCHEMA,
+                "acmize": __about__.__version__,
+                "budget": model.budget,
+                "base": model.base,
+            },
+        )
         plan = {"plan": model.plan.to_dict(), "calibration": model.calibration.to_dict()}
         write_json(new / "plan.json", plan)
         write_json(new / "results.json", model.results)
@@ -193,7 +203,10 @@ def from_pretrained(source: str | Path, *, model: nn.Module | None = None, revis
     _load_weights(dense, folder / "model.safetensors")
     results = read_json(folder / "results.json") if (folder / "results.json").exists() else {}
     recipe = read_json(folder / "recipe.json") if (folder / "recipe.json").exists() else {}
-    return make_adaptive(dense, plan, calibration, base, results, recipe).eval()
+    made = make_adaptive(dense, plan, calibration, base, results, recipe).eval()
+    if config.get("budget") is not None:
+        made.set_budget(float(config["budget"]))
+    return made
 
 
 def build_base(base: dict[str, Any]) -> nn.Module:
@@ -204,7 +217,7 @@ def build_base(base: dict[str, Any]) -> nn.Module:
     """
     if base.get("library") != "timm":
         raise AcmizeError(
-            f"base model {base.get('architecture')!r} is not of timm; pass it freshly built: from_pretrained(..., model=...)"
+            f"base model {base.get('architecture')!r} is not of timm; build it and pass from_pretrained(..., model=...)"
         )
     import timm
 
@@ -259,7 +272,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     if wrong or missing or extra:
         what = wrong or missing or extra
         raise AcmizeError(
-            f"{path}: does not fit plan.json ({len(wrong)} shapes, {len(missing)} missing, {len(extra)} extra; first: {what[0]})"
+            f"{path}: does not fit plan.json ({len(wrong)} shapes, {len(missing)} missing, {len(extra)} extra: {what[0]})"
         )
     with torch.no_grad():
         model.load_state_dict(tensors)

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acmize.adaptive import AcmMlp, AcmOut, AcmProjections
 from acmize.cost import evaluating
 from acmize.layers import Contract, Expand, LowRank
-from acmize.methods.acm import AcmMlp, AcmOut, AcmProjections
 from acmize.plan import Plan, PlanEntry
 
 Moments = dict[str, Tensor]
@@ -153,34 +153,36 @@ def _init_attention(
     b = {k: x.unflatten(0, (heads, -1)).clone() for k, x in zip("qkv", biases, strict=True)}
     out, out_bias = _linear(dense[roles["out"]])
     out = out.unflatten(1, (heads, -1)).clone()  # (O, H, U)
+    slots = {k: _slot(adaptive, roles, k) for k in ("q", "k", "v", "out")}
+    # A mean moves into a bias; a layer that stays dense and has none keeps its mean.
+    shift_k = slots["k"].bias is not None
+    shift_v = slots["v"].bias is not None and slots["out"].bias is not None
     for h in range(heads):
         cov, mean = zip(*(_covariance(s[h]) for s in stats), strict=True)
         if e.options.get("rotate_qk", True):
             raw_q = stats[0][h][:-1, :-1] / stats[0][h][-1, -1]  # queries are not centred
             tq, tk = rotate_qk(raw_q, cov[1])
             w["q"][h], b["q"][h] = tq @ w["q"][h], tq @ b["q"][h]
-            w["k"][h], b["k"][h] = tk @ w["k"][h], tk @ (b["k"][h] - mean[1])
+            w["k"][h], b["k"][h] = tk @ w["k"][h], tk @ (b["k"][h] - mean[1] * shift_k)
         if e.options.get("rotate_vo", True):
             tv, out_h = rotate_vo(out[:, h], cov[2])
-            out_bias = out_bias + out[:, h] @ mean[2]
-            w["v"][h], b["v"][h] = tv @ w["v"][h], tv @ (b["v"][h] - mean[2])
+            out_bias = out_bias + out[:, h] @ mean[2] * shift_v
+            w["v"][h], b["v"][h] = tv @ w["v"][h], tv @ (b["v"][h] - mean[2] * shift_v)
             out[:, h] = out_h
-    for k in "qkv":
-        fused = adaptive[roles["qkv"]] if "qkv" in roles else adaptive[roles[k]]
-        part = getattr(fused, k) if isinstance(fused, AcmProjections) else fused
-        if isinstance(part, nn.Linear):  # a dense sibling of a rotated projection is rotated too
-            _copy(part, w[k].flatten(0, 1), b[k].flatten())
-        elif "qkv" in roles:
-            _write_fused(fused, w, b)
-    target = adaptive[roles["out"]]
-    fc = target.fc if isinstance(target, AcmOut) else target
-    fc.weight.copy_(out.flatten(1))
-    fc.bias.copy_(out_bias)
+    if slots["q"] is slots["k"]:  # no part of a fused layer is adaptive: it stays one, rotated for what follows
+        _copy(slots["q"], torch.cat([w[k].flatten(0, 1) for k in "qkv"]), torch.cat([b[k].flatten() for k in "qkv"]))
+    else:  # a dense sibling of a rotated projection is rotated too
+        for k in "qkv":
+            _copy(slots[k], w[k].flatten(0, 1), b[k].flatten())
+    _copy(slots["out"], out.flatten(1), out_bias)
 
 
-def _write_fused(fused: Any, w: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    """No part of a fused layer is adaptive: it stays one linear layer, rotated for its siblings."""
-    _copy(fused, torch.cat([w[k].flatten(0, 1) for k in "qkv"]), torch.cat([b[k].flatten() for k in "qkv"]))
+def _slot(adaptive: dict[str, Any], roles: dict[str, str], kind: str) -> nn.Linear:
+    """The layer that takes the weights of a projection: inside an adaptive module, or one that stays dense."""
+    module = adaptive[roles.get(kind) or roles["qkv"]]
+    if isinstance(module, AcmProjections):
+        return getattr(module, kind)
+    return module.fc if isinstance(module, AcmOut) else module
 
 
 def _init_lowrank(acm: Any, dense: Any, e: PlanEntry, moments: Tensor) -> None:
@@ -252,7 +254,7 @@ def rotate_vo(out: Tensor, cv: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def roots(c: Tensor) -> tuple[Tensor, Tensor]:
-    """C^1/2 and C^-1/2 of a symmetric positive matrix; directions without energy are lifted, so both stay exact inverses."""
+    """C^1/2 and C^-1/2 of a symmetric positive matrix; directions without energy are lifted: exact inverses."""
     w, v = torch.linalg.eigh(c)
     w = w.clamp_min(w[-1].clamp_min(1e-30) * 1e-7)
     return (v * w.sqrt()) @ v.T, (v / w.sqrt()) @ v.T
@@ -275,8 +277,8 @@ def _copy(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:
     layer.weight.copy_(weight)
     if layer.bias is not None:
         layer.bias.copy_(bias)
-    elif bias.abs().max() > 0:
-        layer.bias = nn.Parameter(bias.to(weight))
+    else:
+        assert not bias.any(), "a layer without a bias cannot take one: the saved model could not be rebuilt"
 
 
 __all__ = ["Expand", "collect_moments", "init_", "order_units", "roots", "rotate_qk", "rotate_vo"]

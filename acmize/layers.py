@@ -17,18 +17,25 @@ from acmize.gates import Decision
 
 
 class Expand(nn.Linear):
-    """A linear layer whose outputs are limited to each token's width."""
+    """A linear layer whose outputs are limited to each token's width.
+
+    With `deferred`, a contraction behind an activation reads the outputs and applies `keep`: applying it here too would
+    count its gradient twice.
+    """
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool, bounds: tuple[int, ...], heads: int = 1
     ) -> None:
         super().__init__(in_features, out_features, bias)
         self.bounds, self.heads = bounds, heads
+        self.deferred = False
 
     def masked(self, x: Tensor, decision: Decision) -> Tensor:
         """The reference: all the work, then a mask. x (..., D) -> (..., H * U)."""
-        keep = decision.keep_or_hard(len(self.bounds) - 1, x.dtype)
-        return ops.mask_units(F.linear(x, self.weight, self.bias), keep, self.bounds, self.heads)
+        h = F.linear(x, self.weight, self.bias)
+        if self.deferred and decision.keep is not None:
+            return h
+        return ops.mask_units(h, decision.keep_or_hard(len(self.bounds) - 1, x.dtype), self.bounds, self.heads)
 
     def forward(self, x: Tensor, decision: Decision) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """X (..., D) -> (..., H * U), zero beyond each token's width."""

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def distillation(outputs_MKO: Tensor, target_MO: Tensor, min_choice: int = 0) -> Tensor:
+def distillation(outputs_MKO: Tensor, target_MO: Tensor) -> Tensor:
     """Mean over choices of the squared error against the dense output (arXiv 2312.10193, sect. 3.3, phase 1).
 
     Relative to the target's own variance, so that layers of different scale weigh alike.
     """
-    error = (outputs_MKO[:, max(1, min_choice) :] - target_MO[:, None]).square().mean()
+    error = (outputs_MKO[:, 1:] - target_MO[:, None]).square().mean()
     return error / target_MO.detach().var().clamp_min(1e-12)
 
 

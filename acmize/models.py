@@ -41,7 +41,7 @@ def load_model(name: str, weights: str | Path | None = None, **kwargs: Any) -> n
         if weights is not None:
             raise AcmizeError(f"--weights {weights}: does not fit {name} or is damaged ({first})") from None
         raise AcmizeError(
-            f"model {name}: its weights could not be had from the Hub ({first}); give a file with --weights FILE.safetensors"
+            f"model {name}: its weights could not be had from the Hub ({first}); give --weights FILE.safetensors"
         ) from None
 
 

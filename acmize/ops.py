@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -63,7 +64,7 @@ def even_bounds(units: int, num_learners: int) -> tuple[int, ...]:
 
 def unit_mask(keep_MN: Tensor, bounds: Sequence[int]) -> Tensor:
     """(..., N) learners kept -> (..., U) units kept."""
-    widths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    widths = [b - a for a, b in pairwise(bounds)]
     if len(set(widths)) == 1:
         return keep_MN.repeat_interleave(widths[0], dim=-1)
     return keep_MN.repeat_interleave(torch.tensor(widths, device=keep_MN.device), dim=-1, output_size=bounds[-1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 from acmize.errors import AcmizeError
@@ -64,6 +65,7 @@ class PlanEntry:
     Attributes:
         fqn: unique name; for a part of a fused layer the layer's path and the part ("blocks.0.attn.qkv.q").
         target: path of the module that is replaced.
+        gate_at: path of the module whose gate decides; entries that share a gate name the same one.
         kind: "mlp", "q", "k", "v", "out" or "linear".
         form: "prefix", "rotated" or "lowrank".
         bounds: cumulative widths (0, ..., units), one more than there are learners.
@@ -79,6 +81,7 @@ class PlanEntry:
 
     fqn: str
     target: str
+    gate_at: str
     kind: str
     form: str
     bounds: tuple[int, ...]
@@ -116,6 +119,72 @@ class Refusal:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Merging:
+    """How many tokens are merged at which budget (see `methods.token_merging`), and what that saves beside the sites.
+
+    The tokens merged through the whole model fall linearly with the budget, more of them in earlier blocks (weight
+    1.25 L - i in block i of L, none in the first), which left more tokens at the end and lost less (docs/log.md):
+    `slope * (start - budget)` of all tokens and at most nine tenths, or `fixed` pairs before each block at any budget.
+
+    Attributes:
+        tokens: tokens a sample at the model's own input size.
+        prefix: of these, never merged.
+        blocks: number of blocks.
+        dim: width of the residual stream.
+        attention_dim: summed width of the heads.
+        dense_macs: for each block, MACs a token of linear layers that stayed dense.
+        fixed: pairs before each block at every budget, in place of the line.
+    """
+
+    tokens: int
+    prefix: int
+    blocks: int
+    dim: int
+    attention_dim: int
+    dense_macs: tuple[int, ...]
+    slope: float = 1.55
+    start: float = 0.93
+    fixed: int | None = None
+
+    def schedule(self, budget: float) -> tuple[int, ...]:
+        """Pairs to merge before each block at a budget; never more than half of what is left to merge."""
+        if self.fixed is not None:
+            wanted = [0] + [self.fixed] * (self.blocks - 1)
+        else:
+            total = min(max(0.0, self.slope * (self.start - budget)), 0.9) * self.tokens
+            weights = [0.0] + [1.25 * self.blocks - i for i in range(1, self.blocks)]
+            reached = [round(total * part / sum(weights)) for part in accumulate(weights)]
+            wanted = [0] + [b - a for a, b in pairwise(reached)]
+        out, left = [], self.tokens - self.prefix
+        for r in wanted:
+            out.append(min(r, left // 2))
+            left -= out[-1]
+        return tuple(out)
+
+    def counts(self, schedule: tuple[int, ...]) -> list[int]:
+        """Tokens in each block."""
+        left, counts = self.tokens, []
+        for r in schedule:
+            left -= r
+            counts.append(left)
+        return counts
+
+    def saved(self, schedule: tuple[int, ...]) -> int:
+        """MACs a sample that merging takes off what is not an adaptive site: attention products, dense layers.
+
+        The search for pairs is taken off again.
+        """
+        total, before = 0, self.tokens
+        for r, count, dense in zip(schedule, self.counts(schedule), self.dense_macs, strict=True):
+            total += 2 * self.attention_dim * (self.tokens**2 - count**2) + dense * (self.tokens - count)
+            if r:
+                free = before - self.prefix
+                total -= -(-free // 2) * (free // 2) * self.dim
+            before = count
+        return total
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What goes where, at what size. See the module's docstring.
 
@@ -125,8 +194,8 @@ class Plan:
         macs_attention: MACs of the attention products alone, which stay in full.
         entries: adaptive sites.
         refused: places left dense, with the reason.
-        merge: tokens merged before each block (0: none).
-        merge_macs_saved: MACs that merging takes off the whole model, a sample.
+        input_size: of one sample.
+        merging: tokens merged before the blocks, or None.
     """
 
     config: Any
@@ -134,19 +203,37 @@ class Plan:
     entries: tuple[PlanEntry, ...]
     refused: tuple[Refusal, ...] = ()
     input_size: tuple[int, ...] = ()
+    merging: Merging | None = None
     schema: int = SCHEMA
 
-    @property
-    def macs_fixed(self) -> int:
-        """MACs a sample that no choice changes: everything dense, and the gates."""
-        return self.macs_dense + sum(e.tokens * e.gate_macs - e.macs for e in self.entries)
+    def macs_rest(self, schedule: tuple[int, ...] = ()) -> int:
+        """MACs a sample outside the adaptive sites and their gates, with this merging schedule."""
+        rest = self.macs_dense - sum(e.macs for e in self.entries)
+        return rest if self.merging is None or not schedule else rest - self.merging.saved(schedule)
+
+    def schedule(self, budget: float) -> tuple[int, ...]:
+        """Pairs merged before each block at a budget; empty without merging."""
+        return () if self.merging is None else self.merging.schedule(budget)
 
     @property
     def budget_range(self) -> tuple[float, float]:
-        """Smallest and largest share of the dense MACs that the choices can reach."""
-        low = self.macs_dense + sum(e.min_macs - e.macs for e in self.entries)
-        high = self.macs_dense + sum(e.max_macs - e.macs for e in self.entries)
-        return low / self.macs_dense, high / self.macs_dense
+        """Smallest and largest share of the dense MACs that can be reached."""
+        high = self.macs_rest() + sum(e.max_macs for e in self.entries)
+        return self._floor(), high / self.macs_dense
+
+    def _floor(self) -> float:
+        """The smallest budget whose merging schedule, at the fewest learners, costs no more than it."""
+        budget = (self.macs_rest() + sum(e.min_macs for e in self.entries)) / self.macs_dense
+        while self.merging is not None and budget > 0.01 and self._least(budget - 0.005) <= budget - 0.005:
+            budget -= 0.005
+        return budget
+
+    def _least(self, budget: float) -> float:
+        schedule = self.schedule(budget)
+        assert self.merging is not None
+        share = sum(self.merging.counts(schedule)) / (self.merging.tokens * self.merging.blocks)
+        sites = sum(e.min_macs for e in self.entries) * share
+        return (self.macs_rest(schedule) + sites) / self.macs_dense
 
     def check_budget(self, budget: float) -> None:
         """Raise unless the budget can be reached.
@@ -159,15 +246,15 @@ class Plan:
             raise AcmizeError(f"budget: found {budget}, expected a share of the dense MACs above 0 and at most 1")
         if budget < floor:
             raise AcmizeError(
-                f"budget: found {budget}, but this plan cannot go below {floor:.3f}; ask for {floor + 0.005:.2f} or more,"
-                " or convert more sites"
+                f"budget: found {budget}, but this plan cannot go below {floor:.3f}; "
+                f"ask for {floor + 0.005:.2f} or more, or convert more sites"
             )
 
-    def by_target(self) -> dict[str, list[PlanEntry]]:
-        """Entries grouped by the module they replace."""
+    def by_gate(self) -> dict[str, list[PlanEntry]]:
+        """Entries grouped by the gate that decides for them."""
         groups: dict[str, list[PlanEntry]] = {}
         for entry in self.entries:
-            groups.setdefault(entry.target, []).append(entry)
+            groups.setdefault(entry.gate_at, []).append(entry)
         return groups
 
     def to_dict(self) -> dict[str, Any]:
@@ -193,12 +280,24 @@ class Plan:
             refused = tuple(Refusal(**r) for r in d["refused"])
             config = config_class(d["method"])(**d["config"])
             size = tuple(int(n) for n in d["input_size"])
-            plan = cls(
-                config=config, macs_dense=int(d["macs_dense"]), entries=entries, refused=refused, input_size=size
+            merging = None if d["merging"] is None else _merging(d["merging"])
+            return cls(
+                config=config,
+                macs_dense=int(d["macs_dense"]),
+                entries=entries,
+                refused=refused,
+                input_size=size,
+                merging=merging,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise AcmizeError(f"plan: damaged or tampered ({error}); restore the file or convert again") from None
-        return plan
+
+
+def _merging(d: dict[str, Any]) -> Merging:
+    merging = Merging(**{**d, "dense_macs": tuple(int(m) for m in d["dense_macs"])})
+    if len(merging.dense_macs) != merging.blocks or not 0 <= merging.prefix < merging.tokens <= 1_000_000:
+        raise ValueError(f"merging: {merging.blocks} blocks of {merging.tokens} tokens do not fit")
+    return merging
 
 
 def _entry(d: dict[str, Any]) -> PlanEntry:

@@ -1,4 +1,4 @@
-"""`acmize quickstart`: the whole way offline, on the small ViT that ships with the package and scikit-learn's digits."""
+"""`acmize quickstart`: the whole way offline, on the small ViT of the package and scikit-learn's digits."""
 
 from __future__ import annotations
 

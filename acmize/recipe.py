@@ -30,7 +30,7 @@ class GateOptions:
 
     Attributes:
         labels: "damage", or the published "threshold" labels with improvement factor `tau`.
-        rounds: times damages are collected: first at full width, then with the gates on at budgets drawn from `budgets`.
+        rounds: times damages are collected: first at full width, then with the gates on at drawn `budgets`.
         images: unlabelled images used at most in a round.
         draws: classes drawn an image.
         keep_tokens: share of tokens kept for fitting, to bound memory.
@@ -81,6 +81,7 @@ class Recipe:
         losses: weights of phase 3.
         target_modules: globs or declarations, see `hosts.parse_targets`.
         exclude: globs of what stays dense.
+        merge: tokens merged before each block: "auto" (as suits the budget, where it is sound), "none", or a number.
         data: where the data came from.
         limit: samples a split at most.
         holdout: share of the training images kept for calibration.
@@ -101,6 +102,7 @@ class Recipe:
     losses: FinetuneConfig = field(default_factory=FinetuneConfig)
     target_modules: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    merge: str | int = "auto"
     data: str | None = None
     limit: int | None = None
     holdout: float = 0.15
@@ -154,6 +156,7 @@ def preset(name: str) -> dict[str, Any]:
             "distill": {"lr": 1e-3},
             "gates": {"labels": "threshold", "rounds": 1},
             "losses": {"teacher": 0.0, "features": 0.0},
+            "merge": "none",
             "one_budget": True,
         }
     raise AcmizeError(f"preset: found {name!r}, expected default or paper")

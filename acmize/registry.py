@@ -17,12 +17,14 @@ class Method(Protocol):
 
     name: str
 
-    def plan(self, site: Any, modules: dict[str, nn.Module], config: Any) -> list[dict[str, Any]]:
-        """Entries (keyword arguments of `PlanEntry`) for a site, or raise `Refused`."""
+    def plan(self, site: Any, modules: dict[str, nn.Module], config: Any, keep: Any) -> list[dict[str, Any]]:
+        """Entries (keyword arguments of `PlanEntry`) for a site, or raise `Refused`; `keep(fqn, target)` asks for each."""
         ...
 
-    def build(self, modules: dict[str, nn.Module], entries: list[Any], config: Any) -> dict[str, nn.Module]:
-        """Adaptive modules by the path of what they replace."""
+    def build(
+        self, modules: dict[str, nn.Module], entries: list[Any], config: Any, macs_total: int
+    ) -> dict[str, nn.Module]:
+        """Adaptive modules for entries that share a gate, by the path of what they replace."""
         ...
 
 

@@ -11,7 +11,8 @@ Deviations from the paper, and why
   converted model equals the dense one at k = N.
 - Projections keep their full rank and cut rotated heads (`projections="rotated"`); the published low-rank form
   (`"lowrank"`, N r = D O / (D + O)) costs as much as the dense layer and is not exact at k = N.
-- q, k and v that come from one fused linear share the first layer of their gate.
+- q, k and v that come from one fused linear, and the out projection behind them, share one gate that reads the input
+  of the attention: cheaper, and no worse (docs/log.md).
 - Every learner adds a bias of its own, s_n(x) = W2_n act(W1_n x) + beta_n, which lets the mean of what is left out be
   put back in closed form.
 
@@ -20,17 +21,16 @@ Shapes: M tokens, D input width, U units (of a head), H heads, O output width, N
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from acmize import ops
-from acmize.gates import AdaptiveModule, ClassificationGate, DamageGate, Decision, Gate
+from acmize.adaptive import AcmMlp, AcmOut, AcmProjections
+from acmize.gates import ClassificationGate, DamageGate, Gate, GateSpec
 from acmize.layers import Contract, Expand, GateLink, LowRank
 from acmize.registry import Refused, register
 
@@ -74,154 +74,6 @@ _CHOICES = {
 }
 
 
-class AcmMlp(AdaptiveModule):
-    """An MLP (plain or gated) as an ACM: expand, activation, contract.
-
-    Args:
-        fc1: expansion (the value branch of a gated MLP).
-        fc2: contraction.
-        act: activation, applied to `fc1`, or to `fc1_gate` where there is one.
-        gate: one group.
-        names: the plan entry's name.
-        fc1_gate: gate branch of a gated MLP (GLU, SwiGLU).
-        channels_first: the input is (B, C, H, W) and tokens are pixels.
-        drop: dropout after the hidden activation and after the output.
-    """
-
-    def __init__(
-        self,
-        fc1: Expand,
-        fc2: Contract,
-        act: Callable[[Tensor], Tensor],
-        gate: Gate,
-        names: tuple[str, ...],
-        fc1_gate: Expand | None = None,
-        channels_first: bool = False,
-        drop: tuple[float, float] = (0.0, 0.0),
-    ) -> None:
-        super().__init__(names)
-        self.fc1, self.fc1_gate, self.fc2, self.act, self.gate = fc1, fc1_gate, fc2, act, gate
-        self.channels_first = channels_first
-        self.drop = drop
-
-    def forward(self, x: Tensor) -> Tensor:
-        """X (..., D), or (B, D, H, W) when channels come first -> the same with O in D's place."""
-        if self.channels_first:
-            return self._tokens_last(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return self._tokens_last(x)
-
-    def _tokens_last(self, x: Tensor) -> Tensor:
-        decision = self.decide(x)
-        if decision.keep is not None or ops.pick_backend(x) == "masked":
-            return self.forward_reference(x, decision)
-        choice = decision.choice.reshape(-1)
-        order = ops.sort_tokens(choice, self.gate.num_learners)
-        ups = [(u.weight, u.bias) for u in (self.fc1_gate, self.fc1) if u is not None]
-        y = ops.mlp_sorted(
-            x.flatten(0, -2), ups, self._join, self.fc2.weight, self.fc2.table(), choice, order, self.fc2.bounds
-        )
-        return y.unflatten(0, x.shape[:-1])
-
-    def _join(self, first: Tensor, value: Tensor | None = None) -> Tensor:
-        return self.act(first) if value is None else self.act(first) * value
-
-    def hidden(self, x: Tensor) -> Tensor:
-        """X (..., D) -> every hidden unit (..., U)."""
-        ups = [F.linear(x, u.weight, u.bias) for u in (self.fc1_gate, self.fc1) if u is not None]
-        return self._join(*ups)
-
-    def forward_reference(self, x: Tensor, decision: Decision) -> Tensor:
-        """All the work, then masks: x (..., D), tokens on the leading axes -> (..., O)."""
-        h = F.dropout(self.hidden(x), self.drop[0], self.training)
-        return F.dropout(self.fc2.masked(h, decision.group(0)), self.drop[1], self.training)
-
-    def all_choices(self, x: Tensor) -> list[Tensor]:
-        """X (M, D) -> one (M, N + 1, O): the output of every choice."""
-        return [self.fc2.all_choices(self.hidden(x))]
-
-
-class AcmProjections(AdaptiveModule):
-    """One projection, or several fused into one output, each cut to its own width for each token.
-
-    Args:
-        parts: in the order of the fused output: `Expand` (rotated heads) and `LowRank` are adaptive, `nn.Linear` stays
-            dense.
-        gate: one group for each adaptive part.
-        names: plan entries, one a group.
-        link: where given, the decision is published for another module.
-    """
-
-    def __init__(
-        self, parts: dict[str, nn.Module], gate: Gate, names: tuple[str, ...], link: GateLink | None = None
-    ) -> None:
-        super().__init__(names)
-        for key, part in parts.items():
-            self.add_module(key, part)
-        self.parts = tuple(parts)
-        self.gate, self.link = gate, link
-
-    def forward(self, x: Tensor) -> Tensor:
-        """X (..., D) -> (..., sum of the parts' outputs)."""
-        decision = self.decide(x)
-        if self.link is not None:
-            self.link.publish(decision)
-        return self._join([p(x) if d is None else p(x, d) for p, d in self._pairs(decision)])
-
-    def forward_reference(self, x: Tensor, decision: Decision) -> Tensor:
-        """All the work, then masks."""
-        return self._join([p(x) if d is None else p.masked(x, d) for p, d in self._pairs(decision)])
-
-    def all_choices(self, x: Tensor) -> list[Tensor]:
-        """X (M, D) -> (M, N + 1, O) of each adaptive part."""
-        return [p.all_choices(x) for p, d in self._pairs(Decision(x.new_zeros(1, self.gate.groups))) if d is not None]
-
-    def split_output(self, y: Tensor) -> list[Tensor]:
-        """Output (M, sum of O) -> (M, O) of each adaptive part."""
-        flags = [type(getattr(self, key)) is not nn.Linear for key in self.parts]
-        return [part for part, adaptive in zip(y.chunk(len(flags), -1), flags, strict=True) if adaptive]
-
-    def _pairs(self, decision: Decision) -> Iterator[tuple[Any, Decision | None]]:
-        g = 0
-        for part in (getattr(self, key) for key in self.parts):
-            adaptive = type(part) is not nn.Linear
-            yield part, decision.group(g) if adaptive else None
-            g += adaptive
-
-    @staticmethod
-    def _join(outs: list[Tensor]) -> Tensor:
-        return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
-
-
-class AcmOut(AdaptiveModule):
-    """An output projection that reads only the leading dimensions of each head (or of hidden units, when linked).
-
-    Args:
-        fc: the contraction.
-        gate: one group; None when the decision comes through `link`.
-        names: plan entry; empty when linked (the work is counted where the decision was made).
-        link: where the decision is read from.
-    """
-
-    def __init__(self, fc: Contract, gate: Gate | None, names: tuple[str, ...], link: GateLink | None = None) -> None:
-        super().__init__(names)
-        self.fc, self.link = fc, link
-        if gate is not None:
-            self.gate = gate
-
-    def forward(self, h: Tensor) -> Tensor:
-        """H (..., H * U) -> (..., O)."""
-        decision = self.decide(h) if self.link is None else self.link.read()
-        return self.fc(h, decision.group(0))
-
-    def forward_reference(self, h: Tensor, decision: Decision) -> Tensor:
-        """All the work, then masks."""
-        return self.fc.masked(h, decision.group(0))
-
-    def all_choices(self, h: Tensor) -> list[Tensor]:
-        """H (M, H * U) -> one (M, N + 1, O)."""
-        return [self.fc.all_choices(h)]
-
-
 Keep = Callable[[str, str], bool]
 
 
@@ -248,8 +100,8 @@ class Acm:
         return self._plan_rotated(site, modules, config, keep)
 
     def _plan_mlp(self, site: Any, modules: dict[str, nn.Module], config: AcmConfig) -> dict[str, Any]:
-        fc1, fc2 = modules[site.roles["fc1"]], modules[site.roles["fc2"]]
-        dim, units, out = fc1.weight.shape[1], fc2.weight.shape[1], fc2.weight.shape[0]
+        dim = _width(modules[site.roles["fc1"]])[1]
+        out, units = _width(modules[site.roles["fc2"]])
         num = config.num_learners if config.learner_dim is None else max(1, round(units / config.learner_dim))
         bounds = _bounds(units, num, "MLP hidden units")
         ups = 2 if site.options.get("gated") else 1
@@ -259,27 +111,32 @@ class Acm:
     def _plan_rotated(
         self, site: Any, modules: dict[str, nn.Module], config: AcmConfig, keep: Keep
     ) -> list[dict[str, Any]]:
-        heads, out = site.options["heads"], modules[site.roles["out"]]
-        bounds = _bounds(_width(out)[1] // heads, config.num_learners, "dimensions of a head")
+        heads, out, fused = site.options["heads"], site.roles["out"], site.roles.get("qkv")
+        bounds = _bounds(_width(modules[out])[1] // heads, config.num_learners, "dimensions of a head")
         rotated = {"q": "rotate_qk", "k": "rotate_qk", "v": "rotate_vo"}
-        kinds = [k for k, flag in rotated.items() if site.options.get(flag, True)]
+        parts = _wanted_parts(site, [k for k, flag in rotated.items() if site.options.get(flag, True)], keep)
+        if site.options.get("rotate_vo", True) and keep(out, out):
+            parts.append(("out", out, out))
+        shared = fused is not None and parts and parts[0][0] != "out"  # one gate for q, k, v and out
         entries = []
-        for kind, fqn, target, groups in _wanted_parts(site, kinds, keep):
-            dim = _width(modules[target])[1]
-            macs = tuple(dim * heads * (b - a) for a, b in pairwise(bounds))
-            entries.append(self._entry(fqn, target, kind, "rotated", bounds, heads, macs, dim, groups, config, site))
-        fqn = site.roles["out"]
-        if site.options.get("rotate_vo", True) and keep(fqn, fqn):
-            width, dim = _width(out)
-            macs = tuple(width * heads * (b - a) for a, b in pairwise(bounds))
-            entries.append(self._entry(fqn, fqn, "out", "rotated", bounds, heads, macs, dim, 1, config, site))
+        for kind, fqn, target in parts:
+            outputs, inputs = _width(modules[target])
+            per_unit = outputs if kind == "out" else inputs
+            macs = tuple(per_unit * heads * (b - a) for a, b in pairwise(bounds))
+            dim = _width(modules[fused])[1] if shared and fused else inputs
+            entry = self._entry(
+                fqn, target, kind, "rotated", bounds, heads, macs, dim, len(parts) if shared else 1, config, site
+            )
+            entries.append({**entry, "gate_at": fused if shared else target})
         return entries
 
     def _plan_lowrank_attention(
         self, site: Any, modules: dict[str, nn.Module], config: AcmConfig, keep: Keep
     ) -> list[dict[str, Any]]:
         entries = []
-        for kind, fqn, target, groups in _wanted_parts(site, ["q", "k", "v"], keep):
+        parts = _wanted_parts(site, ["q", "k", "v"], keep)
+        for kind, fqn, target in parts:
+            groups = len(parts) if "qkv" in site.roles else 1
             part = modules[target]
             if "qkv" in site.roles:
                 part = nn.Linear(_width(part)[1], _width(part)[0] // 3, device="meta")
@@ -327,6 +184,7 @@ class Acm:
         return {
             "fqn": fqn,
             "target": target,
+            "gate_at": target,
             "kind": kind,
             "form": form,
             "bounds": bounds,
@@ -341,39 +199,45 @@ class Acm:
     def build(
         self, modules: dict[str, nn.Module], entries: list[Any], config: AcmConfig, macs_total: int
     ) -> dict[str, nn.Module]:
-        """Adaptive modules for the entries of one target, by the path they take."""
+        """Adaptive modules for the entries that share a gate, by the paths they take."""
         first = entries[0]
         if first.kind == "mlp":
             return self._build_mlp(modules, first, config, macs_total)
         if first.form == "lowrank" and first.fqn == first.target:
             return {first.target: self._lowrank(modules[first.target], first, config, macs_total)}
-        module = modules[first.target]
-        if first.kind == "out":
-            fc = Contract(module.weight.shape[1], module.weight.shape[0], first.bounds, first.heads)  # pyright: ignore
-            gate = _gate(config, module.weight.shape[1], [first], macs_total)
-            return {first.target: AcmOut(fc, gate, (first.fqn,))}
-        return {first.target: self._projections(module, entries, config, macs_total)}
+        gate = _gate(config, _width(modules[first.gate_at])[1], entries, macs_total)
+        out = next((e for e in entries if e.kind == "out"), None)
+        parts = [e for e in entries if e.kind != "out"]
+        link = GateLink() if out is not None and parts else None
+        made: dict[str, nn.Module] = {}
+        if parts:
+            names = tuple(e.fqn for e in entries)
+            made[parts[0].target] = AcmProjections(self._parts(modules, parts), gate, names, link)
+        if out is not None:
+            width, dim = _width(modules[out.target])
+            fc = Contract(dim, width, out.bounds, out.heads)
+            made[out.target] = (
+                AcmOut(fc, gate, (out.fqn,)) if link is None else AcmOut(fc, None, (), link, entries.index(out))
+            )
+        return made
 
-    def _projections(self, module: Any, entries: list[Any], config: AcmConfig, macs_total: int) -> nn.Module:
-        dim, names = module.weight.shape[1], tuple(e.fqn for e in entries)
-        gate = _gate(config, dim, entries, macs_total)
-        if entries[0].fqn == entries[0].target:  # a projection of its own
-            e = entries[0]
-            part = Expand(dim, module.weight.shape[0], True, e.bounds, e.heads)
-            return AcmProjections({e.kind: part}, gate, names)
-        width, adaptive = module.weight.shape[0] // 3, {e.kind: e for e in entries}
-        if entries[0].form == "lowrank":
-            lowrank: dict[str, nn.Module] = {
-                k: LowRank(dim, width, adaptive[k].bounds) if k in adaptive else nn.Linear(dim, width) for k in "qkv"
-            }
-            return AcmProjections(lowrank, gate, names)
-        parts = {
-            k: Expand(dim, width, True, adaptive[k].bounds, adaptive[k].heads)
-            if k in adaptive
-            else nn.Linear(dim, width)
-            for k in ("q", "k", "v")
-        }
-        return AcmProjections(parts, gate, names)
+    def _parts(self, modules: dict[str, nn.Module], entries: list[Any]) -> dict[str, nn.Module]:
+        """What a projection is made of: one part, or the three of a fused layer of which some may stay dense."""
+        first = entries[0]
+        width, dim = _width(modules[first.target])
+        if first.fqn == first.target:
+            return {first.kind: Expand(dim, width, True, first.bounds, first.heads)}
+        adaptive, width = {e.kind: e for e in entries}, width // 3
+        parts: dict[str, nn.Module] = {}
+        for kind in ("q", "k", "v"):
+            e = adaptive.get(kind)
+            if e is None:
+                parts[kind] = nn.Linear(dim, width)
+            elif e.form == "lowrank":
+                parts[kind] = LowRank(dim, width, e.bounds)
+            else:
+                parts[kind] = Expand(dim, width, True, e.bounds, e.heads)
+        return parts
 
     def _lowrank(self, module: Any, entry: Any, config: AcmConfig, macs_total: int) -> nn.Module:
         out, dim = module.weight.shape
@@ -384,12 +248,11 @@ class Acm:
         self, modules: dict[str, nn.Module], entry: Any, config: AcmConfig, macs_total: int
     ) -> dict[str, nn.Module]:
         roles, options = entry.roles, entry.options
-        w1, w2 = modules[roles["fc1"]].weight, modules[roles["fc2"]].weight
-        dim, out, units = w1.shape[1], w2.shape[0], entry.bounds[-1]
+        dim, out, units = _width(modules[roles["fc1"]])[1], _width(modules[roles["fc2"]])[0], entry.bounds[-1]
         gate = _gate(config, dim, [entry], macs_total)
         fc1, fc2 = Expand(dim, units, True, entry.bounds), Contract(units, out, entry.bounds)
         if "module" not in roles:
-            link = GateLink()
+            link, fc1.deferred = GateLink(), True
             return {
                 roles["fc1"]: AcmProjections({"fc1": fc1}, gate, (entry.fqn,), link),
                 roles["fc2"]: AcmOut(fc2, None, (), link),
@@ -401,13 +264,11 @@ class Acm:
         return {entry.target: AcmMlp(fc1, fc2, act, gate, (entry.fqn,), fc1_gate, first, drop)}
 
 
-def _wanted_parts(site: Any, kinds: list[str], keep: Keep) -> list[tuple[str, str, str, int]]:
-    """(kind, entry, module replaced, groups of its gate) for the projections that are wanted."""
+def _wanted_parts(site: Any, kinds: list[str], keep: Keep) -> list[tuple[str, str, str]]:
+    """(kind, entry, module replaced) for the projections that are wanted."""
     fused = site.roles.get("qkv")
-    if fused is None:
-        return [(k, site.roles[k], site.roles[k], 1) for k in kinds if keep(site.roles[k], site.roles[k])]
-    kept = [k for k in kinds if keep(f"{fused}.{k}", fused)]
-    return [(k, f"{fused}.{k}", fused, len(kept)) for k in kept]
+    named = {k: (f"{fused}.{k}", fused) if fused else (site.roles[k], site.roles[k]) for k in kinds}
+    return [(k, fqn, target) for k, (fqn, target) in named.items() if keep(fqn, target)]
 
 
 def _width(module: Any) -> tuple[int, int]:
@@ -425,5 +286,12 @@ def _bounds(units: int, num_learners: int, what: str) -> tuple[int, ...]:
 
 def _gate(config: AcmConfig, dim: int, entries: list[Any], macs_total: int) -> Gate:
     kind = DamageGate if config.gate == "damage" else ClassificationGate
-    macs = [e.learner_macs for e in entries]
-    return kind(dim, config.gate_hidden, macs, macs_total, entries[0].min_choice)
+    spec = GateSpec(
+        dim=dim,
+        hidden=config.gate_hidden,
+        learner_macs=tuple(e.learner_macs for e in entries),
+        gate_macs=tuple(e.gate_macs for e in entries),
+        macs_total=macs_total,
+        min_choice=entries[0].min_choice,
+    )
+    return kind(spec)

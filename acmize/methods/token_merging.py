@@ -6,8 +6,8 @@ the sizes of merged tokens reach the block's attention as the additive mask log(
 
 Deviations from the paper, and why
 - Pairs are merged between blocks, not between attention and MLP: no forward is copied.
-- Pairs are scored by Ward's criterion on the residual stream, s_a s_b / (s_a + s_b) ||x_a - x_b||^2, not by the cosine of
-  keys: it weighs what a merge changes, needs nothing from inside a block, and was better here (docs/log.md).
+- Pairs are scored by Ward's criterion on the residual stream, s_a s_b / (s_a + s_b) ||x_a - x_b||^2, not by the cosine
+  of keys: it weighs what a merge changes, needs nothing from inside a block, and was better here (docs/log.md).
 
 Shapes: B samples, T tokens, D width, P prefix tokens (class, registers; never merged).
 """
@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from acmize.registry import Refused
 
 
 class MergeState:
@@ -106,37 +104,40 @@ def merge(x_BTD: Tensor, sizes_BT: Tensor, r: int, prefix: int) -> tuple[Tensor,
     return merged, torch.cat([head_sizes, size_a.gather(1, stays), target[..., -1]], 1)
 
 
-def install_merging(model: Any, schedule: Sequence[int]) -> None:
-    """Register the hooks on a model's blocks; replaces an earlier schedule, and an empty or zero one removes them.
+def install_merging(model: Any) -> None:
+    """Register the hooks on a model's blocks, merging nothing until `set_schedule`.
 
     Args:
-        model: timm model with a `blocks` sequence whose blocks take `attn_mask`.
-        schedule: pairs to merge before each block.
-
-    Raises:
-        Refused: a model whose tokens cannot be merged soundly, with the reason.
+        model: timm model for which `why_not` finds nothing.
     """
-    remove_merging(model)
-    if not any(schedule):
-        return
-    reason = why_not(model)
-    if reason:
-        raise Refused(reason)
-    if len(schedule) != len(model.blocks):
-        raise Refused(f"a schedule for {len(schedule)} blocks, but the model has {len(model.blocks)}")
-    state = MergeState()
-    for i, (block, r) in enumerate(zip(model.blocks, schedule, strict=True)):
-        hook = MergeHook(state, r, int(getattr(model, "num_prefix_tokens", 1)), i == 0)
-        block.register_forward_pre_hook(hook, with_kwargs=True)
+    state, prefix = MergeState(), int(getattr(model, "num_prefix_tokens", 1))
+    for i, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(MergeHook(state, 0, prefix, i == 0), with_kwargs=True)
 
 
-def remove_merging(model: Any) -> None:
-    """Take the hooks of `install_merging` off again."""
-    for block in getattr(model, "blocks", ()):
-        for key, hook in list(getattr(block, "_forward_pre_hooks", {}).items()):
-            if isinstance(hook, MergeHook):
-                del block._forward_pre_hooks[key]
-                block._forward_pre_hooks_with_kwargs.pop(key, None)
+def set_schedule(model: Any, schedule: Sequence[int]) -> None:
+    """Merge this many pairs before each block from now on; an empty schedule merges nothing.
+
+    Args:
+        model: any model; one without hooks takes an empty schedule only.
+        schedule: one number a block, or none.
+    """
+    hooks = hooks_of(model)
+    assert not schedule or len(schedule) == len(hooks), f"{len(schedule)} numbers for {len(hooks)} blocks"
+    for i, hook in enumerate(hooks):
+        hook.r = schedule[i] if schedule else 0
+
+
+def schedule_of(model: Any) -> tuple[int, ...]:
+    """The schedule in force; empty where nothing is merged."""
+    schedule = tuple(hook.r for hook in hooks_of(model))
+    return schedule if any(schedule) else ()
+
+
+def hooks_of(model: Any) -> list[MergeHook]:
+    """The merging hooks of a model, in the order of its blocks."""
+    blocks = getattr(model, "blocks", ())
+    return [h for b in blocks for h in b._forward_pre_hooks.values() if isinstance(h, MergeHook)]
 
 
 def why_not(model: Any) -> str | None:
@@ -151,9 +152,6 @@ def why_not(model: Any) -> str | None:
         return "token merging: blocks without an attn of a known kind"
     if getattr(model, "rope", None) is not None:
         return "token merging: rotary positions belong to the grid of tokens"
-    if getattr(model, "attn_pool", None) is not None:
-        return "token merging: attention pooling does not know the sizes of merged tokens"
+    if getattr(model, "global_pool", "token") != "token":
+        return f"token merging: pooling {model.global_pool!r} does not know the sizes of merged tokens"
     return None
-
-
-__all__ = ["MergeHook", "MergeState", "install_merging", "merge", "remove_merging", "why_not"]

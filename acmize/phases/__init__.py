@@ -1,1 +1,1 @@
-"""The training phases, each read top to bottom: distill, pretrain_gates, finetune, calibrate."""
+"""The phases that turn a converted model into a trained one; each can be read alone, all share `_loop.fit`."""

@@ -1,42 +1,57 @@
-"""One training loop for every phase, on accelerate: mixed precision, accumulation, clipping, cosine, EMA, resume."""
+"""One training loop for every phase, on accelerate: precision, accumulation, clipping, cosine, EMA, exact resume."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from acmize.checkpoint import load_training_state, save_training_state
+from acmize.checkpoint import (
+    AGAIN,
+    load_training_state,
+    recover_dir,
+    rng_state,
+    save_training_state,
+    set_rng_state,
+)
 from acmize.errors import AcmizeError
 
 log = logging.getLogger("acmize")
-Terms = dict[str, Tensor]
+FREE = {"checkpoint_every", "log_every", "trackers"}  # options that may change between a run and its resume
+CALMER = "lower lr, lower clip_norm or use mixed_precision='no'"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
     """Options of the loop.
 
-    Attributes:
-        epochs: passes over the data.
-        lr: peak learning rate of AdamW; cosine to `min_lr` after a linear warm-up over the share `warmup` of the steps.
-        weight_decay: of AdamW.
-        clip_norm: largest norm of the gradient, or None.
-        accumulate: batches an optimiser step.
+    Args:
+        epochs: Passes over the data.
+        lr: Peak learning rate of AdamW; a parameter group may bring its own.
+        min_lr: Where the cosine would end one step after the last.
+        weight_decay: Of AdamW; a parameter group may bring its own.
+        warmup: Fraction of the optimizer steps over which the learning rate first rises linearly.
+        clip_norm: Largest gradient norm; None leaves gradients as they are.
+        accumulate: Batches per optimizer step; the last step of an epoch takes what is left.
         mixed_precision: "no", "bf16" or "fp16".
-        ema_decay: keep an exponential moving average of the weights and end with it; None: no.
-        seed: of the torch generator at the start.
-        checkpoint_every: optimiser steps between checkpoints; one is written at the end of every epoch too.
-        log_every: optimiser steps between log points.
-        trackers: names of accelerate trackers, such as ("tensorboard",).
+        ema_decay: Of an average of the trained parameters that replaces them at the end; None for no average.
+        seed: Of the global generators while the loop runs; the caller's are put back afterwards.
+        checkpoint_every: Optimizer steps between checkpoints; the start and every epoch's end have one too.
+        log_every: Optimizer steps between log points; the last step is one too.
+        trackers: Names that accelerate knows, such as "tensorboard".
+
+    Raises:
+        ValueError: An option is out of its range.
     """
 
     epochs: int
@@ -54,52 +69,50 @@ class FitConfig:
     trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        checks = {
-            "epochs": self.epochs >= 1,
-            "lr": self.lr > 0,
-            "min_lr": 0 <= self.min_lr <= self.lr,
-            "warmup": 0 <= self.warmup < 1,
-            "accumulate": self.accumulate >= 1,
-            "mixed_precision": self.mixed_precision in ("no", "bf16", "fp16"),
-            "ema_decay": self.ema_decay is None or 0 < self.ema_decay < 1,
-            "clip_norm": self.clip_norm is None or self.clip_norm > 0,
-            "checkpoint_every": self.checkpoint_every >= 1,
-            "log_every": self.log_every >= 1,
+        at_least_one = ("epochs", "accumulate", "checkpoint_every", "log_every")
+        checks = {name: (getattr(self, name) >= 1, "at least 1") for name in at_least_one} | {
+            "lr": (0 < self.lr < math.inf, "a positive number"),
+            "min_lr": (0 <= self.min_lr <= self.lr, f"0 to lr={self.lr}"),
+            "weight_decay": (self.weight_decay >= 0, "0 or more"),
+            "warmup": (0 <= self.warmup <= 1, "a fraction of the steps, 0 to 1"),
+            "clip_norm": (self.clip_norm is None or self.clip_norm > 0, "a positive number or None"),
+            "mixed_precision": (self.mixed_precision in ("no", "bf16", "fp16"), "no, bf16 or fp16"),
+            "ema_decay": (self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1, or None"),
         }
-        for name, fine in checks.items():
-            if not fine:
-                raise ValueError(f"{name}: found {getattr(self, name)!r}, which is out of range; see FitConfig")
+        for name, (good, expected) in checks.items():
+            if not good:
+                raise ValueError(f"{name}: found {getattr(self, name)!r}, expected {expected}; mend FitConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """What a fit did: its name, optimiser steps, seconds, and the terms at each log point."""
+    """What a fit did: optimizer steps, seconds of all its runs, and what it logged, oldest first."""
 
     name: str
     steps: int
     seconds: float
-    logs: list[dict[str, float]] = field(default_factory=list)
+    logs: list[dict[str, float]]
 
     @property
     def last(self) -> dict[str, float]:
-        """Terms at the last log point."""
+        """The terms at the last log point."""
         return self.logs[-1] if self.logs else {}
 
 
-def learning_rate(step: int, total: int, config: FitConfig) -> float:
-    """Learning rate of optimiser step `step` (from 0) of `total`: linear warm-up, then cosine to `min_lr`."""
-    warm = round(config.warmup * total)
+def learning_rate(step: int, steps: int, config: FitConfig, peak: float | None = None) -> float:
+    """The rate of optimizer step `step` (from 0) of `steps`: linear to `peak` (default lr), cosine to min_lr."""
+    peak = config.lr if peak is None else peak
+    low, warm = min(config.min_lr, peak), round(config.warmup * steps)
     if step < warm:
-        return config.lr * (step + 1) / warm
-    done = (step - warm) / max(1, total - warm)
-    return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(1.0, done)))
+        return peak * (step + 1) / warm
+    return low + (peak - low) * (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
 
 
 def fit(
     *,
     name: str,
     model: nn.Module,
-    loss: Callable[[Any, int], Terms],
+    loss: Callable[[Any, int], dict[str, Tensor]],
     batches: Callable[[int], Iterable[Any]],
     steps_per_epoch: int,
     config: FitConfig,
@@ -108,125 +121,177 @@ def fit(
     resume: bool = False,
     watch: Callable[[int, dict[str, float]], None] | None = None,
 ) -> History:
-    """Minimise a loss.
+    """Trains `model` in one process, on its device and in its mode; on the CPU a resumed run ends bit for bit alike.
 
     Args:
-        name: of the phase: names progress, checkpoints and errors.
-        model: what is trained and checkpointed.
-        loss: (batch, number of the batch) -> scalar terms; "loss" is the one that is differentiated.
-        batches: epoch -> its batches, in an order that depends on the epoch alone.
-        steps_per_epoch: batches in an epoch.
-        config: options.
-        params: parameters or groups; all that require a gradient by default.
-        checkpoint: folder that holds this phase's checkpoint, as `NAME/`.
-        resume: go on from it where there is one.
-        watch: called with (step, terms) at every log point.
+        name: Of the phase: in progress, errors and the checkpoint's folder.
+        model: Its whole state is checkpointed.
+        loss: Called under autocast with a batch and the number of batches before it. Returns scalar terms, of
+            which "loss", the total, is differentiated.
+        batches: Epoch -> its batches, in an order that depends on the epoch alone.
+        steps_per_epoch: Batches in an epoch.
+        config: Options.
+        params: Parameters of `model`, or groups of them; default all that require a gradient.
+        checkpoint: Folder in which the folder `name` is written; None writes nothing.
+        resume: Go on from the checkpoint if there is one; a finished phase is only loaded.
+        watch: Called with the optimizer steps done and the terms, at each log point.
 
     Raises:
-        AcmizeError: the loss stopped being finite, or the checkpoint cannot be used.
+        AcmizeError: Loss or gradient is not finite (the last checkpoint is restored first), an epoch is too
+            short, the checkpoint does not fit this run, or the machine or disk cannot do what is asked.
     """
-    from accelerate import Accelerator
-    from accelerate.utils import send_to_device
+    from accelerate.utils import send_to_device, set_seed  # late: it takes a second
 
-    cpu = next(model.parameters()).device.type == "cpu"
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, cpu=cpu, log_with=list(config.trackers) or None,
-        project_dir=str(checkpoint or "."),
-    )  # fmt: skip
-    weights = list(params) if params is not None else [p for p in model.parameters() if p.requires_grad]
-    optimizer: Any = accelerator.prepare(torch.optim.AdamW(weights, lr=config.lr, weight_decay=config.weight_decay))
-    if config.trackers:
-        accelerator.init_trackers(f"acmize-{name}", config=dict(vars(config)))
-    ema = None
-    if config.ema_decay is not None:
-        ema = torch.optim.swa_utils.AveragedModel(
-            model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema_decay), use_buffers=True
-        )
+    params = [p for p in model.parameters() if p.requires_grad] if params is None else list(params)
+    if not params or steps_per_epoch < 1:
+        found = f"{steps_per_epoch} batches an epoch and {len(params)} parameters or groups to train"
+        raise AcmizeError(f"{name}: found {found}, expected at least one of each; give data, unfreeze something")
+    raw = torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
+    raw.zero_grad()
+    trained = [p for group in raw.param_groups for p in group["params"]]
+    peaks = [group["lr"] for group in raw.param_groups]
+    accelerator = _accelerator(name, config, trained[0].device, checkpoint)
+    optimizer: Any = accelerator.prepare(raw)
+    scaler: Any = accelerator.scaler
+    ema = {str(i): p.detach().clone() for i, p in enumerate(trained)} if config.ema_decay else None
     folder = None if checkpoint is None else Path(checkpoint) / name
-    total = math.ceil(steps_per_epoch / config.accumulate) * config.epochs
-    start = time.perf_counter()
-    progress: dict[str, Any] = {"batch": 0, "step": 0, "logs": [], "done": False}
-    torch.manual_seed(config.seed)
-    if resume and folder is not None and folder.exists():
-        progress = load_training_state(folder, model=model, optimizer=optimizer.optimizer, ema=ema)
-        log.info("%s: resumed at step %d of %d", name, progress["step"], total)
+    begun, caller_rng, resumed_rng = time.perf_counter(), rng_state(), None
+    steps = math.ceil(steps_per_epoch / config.accumulate) * config.epochs
+    options = {k: v for k, v in asdict(config).items() if k not in FREE} | {"batches": steps_per_epoch}
+    step, batch, logs, before = 0, 0, [], 0.0
 
     def save(done: bool = False) -> None:
         if folder is not None:
-            progress["done"] = done
-            save_training_state(folder, model=model, optimizer=optimizer.optimizer, progress=progress, ema=ema)
+            extra = {"options": options, "batch": batch, "logs": logs, "done": done, "seconds": seconds()}
+            extra["scaler"] = scaler.state_dict() if scaler else None
+            position: dict[str, Any] = {"step": step, "epoch": batch // steps_per_epoch, "extra": extra}
+            save_training_state(folder, model=model, optimizer=raw, ema=ema, **position)
 
-    with _progress(name, total, progress["step"]) as show:
-        for epoch in range(progress["batch"] // steps_per_epoch, config.epochs):
-            first = progress["batch"] - epoch * steps_per_epoch
-            if progress["done"] or first >= steps_per_epoch:
-                continue
-            for index, batch in enumerate(batches(epoch)):
-                if index < first:
-                    continue
-                if index >= steps_per_epoch:
-                    break
-                last = index + 1 == steps_per_epoch
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(progress["step"], total, config)
-                with accelerator.autocast():
-                    terms = loss(send_to_device(batch, accelerator.device), progress["batch"])
-                if not torch.isfinite(terms["loss"]).item():
-                    where = f"; the last good checkpoint is {folder}" if folder is not None else ""
-                    raise AcmizeError(
-                        f"{name}: the loss is {terms['loss'].item()} at step {progress['step']}; lower the learning rate "
-                        f"or use mixed_precision='no'{where}"
-                    )
-                accelerator.backward(terms["loss"] / config.accumulate)
-                progress["batch"] += 1
-                if not last and (index + 1) % config.accumulate:
-                    continue
-                if config.clip_norm is not None:
-                    accelerator.clip_grad_norm_(
-                        [p for g in optimizer.param_groups for p in g["params"]], config.clip_norm
-                    )
-                optimizer.step()
-                optimizer.zero_grad()
-                if ema is not None:
-                    ema.update_parameters(model)
-                progress["step"] += 1
-                if progress["step"] % config.log_every == 0 or progress["step"] == total:
-                    values = {key: float(term.detach()) for key, term in terms.items()}
-                    progress["logs"].append(values)
-                    show(progress["step"], values)
-                    if config.trackers:
-                        accelerator.log(values, step=progress["step"])
-                    if watch is not None:
-                        watch(progress["step"], values)
-                if progress["step"] % config.checkpoint_every == 0 and not last:
-                    save()
-            save(done=epoch + 1 == config.epochs)
+    def seconds() -> float:
+        return before + time.perf_counter() - begun
+
+    def stop(found: str, remedy: str) -> AcmizeError:
+        if folder is not None:
+            load_training_state(folder, model=model, optimizer=raw, ema=ema)
+        return AcmizeError(f"{name}: step {step}: found {found}; {remedy}")
+
+    try:
+        if resume and folder is not None and recover_dir(folder):
+            state = load_training_state(folder, model=model, optimizer=raw, ema=ema)
+            step, found, resumed_rng = state["step"], state["extra"], rng_state()
+            if found["options"] != options:
+                wrong = sorted(k for k in options if found["options"].get(k) != options[k])
+                raise AcmizeError(f"{folder}: found another {', '.join(wrong)}, expected this run's; {AGAIN}")
+            batch, logs, before = found["batch"], found["logs"], found["seconds"]
+            if found["done"]:
+                return History(name=name, steps=step, seconds=before, logs=logs)
+            if scaler:
+                scaler.load_state_dict(found["scaler"])
+        else:
+            save()  # a full disk shows now, and nothing older can be taken for this run
+        with _progress(name, steps, step) as show:
+            for epoch in range(batch // steps_per_epoch, config.epochs):
+                set_seed(zlib.crc32(f"{config.seed} {name} {epoch}".encode()))
+                stream = islice(batches(epoch), batch - epoch * steps_per_epoch, None)
+                while batch < (epoch + 1) * steps_per_epoch:
+                    size = min(config.accumulate, (epoch + 1) * steps_per_epoch - batch)
+                    accelerator.gradient_accumulation_steps, accelerator.step = size, 0
+                    for group, peak in zip(raw.param_groups, peaks, strict=True):
+                        group["lr"] = learning_rate(step, steps, config, peak)
+                    sums: dict[str, Any] = {}
+                    for number in range(batch, batch + size):
+                        try:
+                            inputs = send_to_device(next(stream), trained[0].device)
+                        except StopIteration:
+                            short = f"{number - epoch * steps_per_epoch} batches in epoch {epoch}"
+                            raise stop(f"{short}, expected {steps_per_epoch}", "mend batches") from None
+                        if resumed_rng is not None:  # skipping drew what the unbroken run drew, and here it stood
+                            set_rng_state(resumed_rng)
+                            resumed_rng = None
+                        with accelerator.accumulate(model):
+                            with accelerator.autocast():
+                                terms = loss(inputs, number)
+                            if not terms["loss"].isfinite():
+                                raise stop(f"loss {float(terms['loss'])}, expected a finite one", CALMER)
+                            accelerator.backward(terms["loss"])
+                            if accelerator.sync_gradients:  # an infinite limit only measures
+                                norm = float(accelerator.clip_grad_norm_(trained, config.clip_norm or math.inf))
+                                if not scaler and not math.isfinite(norm):  # the scaler skips such a step
+                                    raise stop(f"gradient norm {norm}, expected a finite one", CALMER)
+                            optimizer.step()
+                            optimizer.zero_grad()
+                        sums = {k: sums.get(k, 0) + term.detach() / size for k, term in terms.items()}
+                    if ema is not None:  # a young average forgets faster, else short runs end near their start
+                        decay = min(config.ema_decay or 0, (1 + step) / (10 + step))
+                        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in trained], 1 - decay)
+                    step, batch = step + 1, batch + size
+                    if step % config.log_every == 0 or step == steps:
+                        values = {k: float(v) for k, v in sums.items() if math.isfinite(v)}
+                        logs.append(values)
+                        show(step, values)
+                        accelerator.log(values, step=step)
+                        if watch is not None:
+                            watch(step, values)
+                    if step < steps and (step % config.checkpoint_every == 0 or batch % steps_per_epoch == 0):
+                        save()
+        for i, average in (ema or {}).items():
+            trained[int(i)].data.copy_(average)
+        save(done=True)
+        return History(name=name, steps=step, seconds=seconds(), logs=logs)
+    finally:
+        set_rng_state(caller_rng)
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
+def _accelerator(name: str, config: FitConfig, device: torch.device, folder: Path | None) -> Any:
+    """An Accelerator for this config on the model's device, whatever an earlier one in this process was."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.tracking import get_available_trackers
+
+    missing = set(config.trackers) - {str(getattr(t, "value", t)) for t in get_available_trackers()}
+    if missing:
+        raise AcmizeError(f"{name}: found no {', '.join(sorted(missing))}, expected each tracker installed; install it")
+    cpu, precision = device.type == "cpu", config.mixed_precision
+    state = AcceleratorState() if AcceleratorState._shared_state else None
+    if state is not None and (state.mixed_precision != precision or (state.device.type == "cpu") != cpu):
+        # accelerate keeps the precision and device of the first Accelerator for the whole process and knows no
+        # public way to change them; phases may differ in both.
+        AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        accelerator: Any = Accelerator(
+            mixed_precision=precision, cpu=cpu, log_with=list(config.trackers), project_dir=str(folder or ".")
+        )
+    except ValueError as error:
+        raise AcmizeError(f"{name}: {error}; use mixed_precision='no' or 'bf16'") from error
+    if accelerator.num_processes > 1:
+        found = f"found {accelerator.num_processes} processes, expected one"
+        raise AcmizeError(f"{name}: {found}: losses see the bare model; run without a launcher")
     if config.trackers:
-        accelerator.end_training()
-    if ema is not None:
-        model.load_state_dict(ema.module.state_dict())
-    return History(name=name, steps=progress["step"], seconds=time.perf_counter() - start, logs=progress["logs"])
+        plain = {k: v if isinstance(v, int | float) else str(v) for k, v in asdict(config).items()}
+        accelerator.init_trackers(f"acmize-{name}", config=plain)
+    return accelerator
 
 
-@contextlib.contextmanager
-def _progress(name: str, total: int, done: int) -> Iterator[Callable[[int, dict[str, float]], None]]:
-    """A bar with the time left on a terminal; a line every tenth of the way in a log."""
+@contextmanager
+def _progress(name: str, steps: int, done: int) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    """A bar with loss and time left on a terminal; elsewhere a log line for each tenth of the way."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console, told = Console(stderr=True), done * 10 // steps
     if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
-            task = bar.add_task(name, total=total, completed=done)
-            yield lambda step, terms: bar.update(task, completed=step, description=f"{name} {terms['loss']:.4f}")
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(name, total=steps, completed=done)
+            yield lambda step, v: bar.update(task, completed=step, description=f"{name} loss {v['loss']:.4g}")
         return
-    told = [done]
 
-    def line(step: int, terms: dict[str, float]) -> None:
-        if step - told[0] >= total / 10 or step == total:
-            told[0] = step
-            shown = ", ".join(f"{k} {v:.4g}" for k, v in terms.items() if "/" not in k)
-            log.info("%s %d/%d: %s", name, step, total, shown)
+    def line(step: int, values: dict[str, float]) -> None:
+        nonlocal told
+        if step * 10 // steps > told:
+            told = step * 10 // steps
+            log.info("%s %d/%d: loss %.4g", name, step, steps, values["loss"])
 
     yield line

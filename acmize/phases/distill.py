@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from acmize.gates import AdaptiveModule, choosing, full_width
+from acmize.layers import Contract
 from acmize.losses import distillation
 from acmize.phases._capture import capture, tokens_of
 from acmize.phases._loop import FitConfig, History, fit
@@ -25,15 +26,8 @@ def distillable(model: nn.Module) -> dict[str, AdaptiveModule]:
 
     A rotated q, k or v only leaves dimensions out, so its error is fixed by the rotation.
     """
-    found = {}
-    for path, module in model.named_modules():
-        if (
-            isinstance(module, AdaptiveModule)
-            and module.names
-            and any("fc2" in n or n == "fc.weight" for n, _ in module.named_parameters() if not n.startswith("gate."))
-        ):
-            found[path] = module
-    return found
+    adaptive = {path: m for path, m in model.named_modules() if isinstance(m, AdaptiveModule)}
+    return {path: m for path, m in adaptive.items() if any(isinstance(part, Contract) for part in m.modules())}
 
 
 def distill(
@@ -80,7 +74,7 @@ def distill(
             x, y = tokens_of(module, *seen[path])
             pick = torch.randperm(len(x), generator=generator)[:tokens].to(x.device)
             pairs = zip(module.all_choices(x[pick]), module.split_output(y[pick]), strict=True)  # pyright: ignore
-            terms[f"site/{path}"] = torch.stack([distillation(h, t, module.gate.min_choice) for h, t in pairs]).mean()
+            terms[f"site/{path}"] = torch.stack([distillation(h, t) for h, t in pairs]).mean()
         return {"loss": torch.stack(list(terms.values())).mean(), **terms}
 
     return fit(

@@ -3,7 +3,7 @@
     loss = task + a_t KL(dense || adaptive) + a_f ||features - dense features||^2 + a_b L_b + a_e L_e + a_d L_d
 
 A budget is drawn for every step and its price set before the forward, so that one checkpoint serves every budget; L_b
-holds the realised compute at the drawn budget. (arXiv 2312.10193, sect. 3.3 trains one model a budget, without a teacher.)
+holds the realised compute at the drawn budget. (arXiv 2312.10193, sect. 3.3 trains one model a budget, no teacher.)
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmize.damage import logits_of
-from acmize.gates import Gate, Recorder, gates_of, record, set_dial
+from acmize.gates import Recorder, gates_of, record
 from acmize.losses import budget_loss, diversity_loss, entropy_loss, teacher_loss
 from acmize.phases._loop import FitConfig, History, fit
-from acmize.phases.calibrate import Calibration
+from acmize.phases.calibrate import Calibration, set_budget
 from acmize.plan import Plan
 
 
@@ -97,7 +97,8 @@ def finetune(
         if mix is not None:
             inputs, labels = mix(inputs, labels, step)
         budget = drawn_budget(losses.budgets, config.seed, step)
-        set_dial(model, calibration.dial(budget))
+        set_budget(model, plan, calibration, budget)
+        rest = plan.macs_rest(plan.schedule(budget))
         with torch.no_grad():
             teacher_features, teacher_logits = features_and_logits(teacher, inputs)
         with record(model, len(inputs), keep_inputs=losses.entropy > 0) as seen:
@@ -105,7 +106,7 @@ def finetune(
         terms = {"teacher": teacher_loss(logits, teacher_logits)}
         terms["task"] = _task(logits, labels, losses.label_smoothing)
         terms["features"] = _relative(features, teacher_features)
-        compute = (plan.macs_fixed + seen.differentiable()) / plan.macs_dense
+        compute = (rest + seen.differentiable()) / plan.macs_dense
         terms["budget"] = budget_loss(compute, budget)
         terms["diversity"] = diversity_loss(compute)
         terms["entropy"] = entropy_loss(_soft_choices(seen)) if losses.entropy else logits.new_zeros(())
@@ -147,11 +148,11 @@ def _task(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
 
 
 def _relative(features: Tensor | None, target: Tensor | None) -> Tensor:
-    if features is None or target is None or features.shape != target.shape:
+    """Distance of what the head reads: the first token (merged tokens have no counterpart), or everything."""
+    if features is None or target is None:
         return torch.zeros(())
-    if features.dim() == 3:  # what the head reads: the class token, and the mean of all tokens
-        features = torch.cat([features[:, 0], features.mean(1)], -1)
-        target = torch.cat([target[:, 0], target.mean(1)], -1)
+    if features.dim() == 3:
+        features, target = features[:, 0], target[:, 0]
     return (features - target).square().mean() / target.var().clamp_min(1e-12)
 
 
@@ -167,4 +168,4 @@ def _soft_choices(seen: Recorder) -> list[Tensor]:
     return out
 
 
-__all__ = ["FinetuneConfig", "Gate", "drawn_budget", "features_and_logits", "finetune"]
+__all__ = ["FinetuneConfig", "drawn_budget", "features_and_logits", "finetune"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from acmize.cost import evaluating
 from acmize.damage import GateData
 from acmize.errors import AcmizeError
-from acmize.gates import AdaptiveModule, ClassificationGate, DamageGate, Gate
+from acmize.gates import AdaptiveModule, ClassificationGate, DamageGate, Gate, choosing, full_width
 from acmize.losses import classification, gamma_deviance, threshold_labels
 from acmize.phases._capture import capture, tokens_of
 from acmize.phases._loop import FitConfig, History, fit
@@ -62,16 +62,18 @@ def fit_damage_gates(
         else:
             _unfold(gate, mean, std)
         scales.append((mean, std))
-    items = [(g, (d.x - m) / s, d.damage) for (g, d), (m, s) in zip(data.items(), scales, strict=True)]
+    items: list[tuple[Any, Tensor, GateData]] = [
+        (g, (d.x - m) / s, d) for (g, d), (m, s) in zip(data.items(), scales, strict=True)
+    ]
 
     def loss(step_seed: Tensor, _step: int) -> dict[str, Tensor]:
         pick = torch.Generator().manual_seed(int(step_seed))
         total = torch.zeros(())
-        for gate, x, damage in items:
-            rows = torch.randint(len(x), (min(batch_tokens, len(x)),), generator=pick)
+        for gate, x, rows in items:
+            i = torch.randint(len(x), (min(batch_tokens, len(x)),), generator=pick)
             device = gate.fc1.weight.device
-            prediction = gate.log_damage(x[rows].to(device))
-            total = total + gamma_deviance(prediction, damage[rows].to(device)).cpu()
+            prediction = gate.log_damage(x[i].to(device), rows.dial[i].to(device))
+            total = total + gamma_deviance(prediction, rows.damage[i].to(device)).cpu()
         return {"loss": total, "deviance": total / len(items)}
 
     config = FitConfig(epochs=1, lr=lr, min_lr=lr / 10, clip_norm=None, seed=seed, checkpoint_every=10**9)
@@ -96,6 +98,7 @@ def _start(gate: DamageGate, damage: Tensor, generator: torch.Generator) -> None
             bound = gain * layer.in_features**-0.5
             layer.weight.copy_(torch.empty(layer.weight.shape).uniform_(-bound, bound, generator=generator))
             layer.bias.zero_()
+        gate.level.zero_()
         gate.fc2.bias.copy_((damage.mean(0) + 1e-9).log().flatten())
 
 
@@ -133,18 +136,39 @@ def collect_errors(
         generator: for the tokens kept.
         keep_tokens: share of tokens kept.
     """
-    modules = {f: m for f, m in model.named_modules() if isinstance(m, AdaptiveModule) and m.names}
+    adaptive = {f: m for f, m in model.named_modules() if isinstance(m, AdaptiveModule)}
+    deciding = {f: [f, *_linked_to(m, adaptive)] for f, m in adaptive.items() if m.names}
     rows: dict[Gate, list[tuple[Tensor, Tensor]]] = {}
-    with evaluating(model, source), capture(source, list(modules)) as seen:
+    with evaluating(model, source), capture(source, list(adaptive)) as seen:
         for batch in batches:
-            source(batch)
-            for path, module in modules.items():
-                x, y = tokens_of(module, *seen[path])
+            with choosing(source, full_width):
+                source(batch)
+            for path, group in deciding.items():
+                x, _ = tokens_of(adaptive[path], *seen[path])
                 pick = torch.randperm(len(x), generator=generator)[: max(1, round(keep_tokens * len(x)))].to(x.device)
-                pairs = zip(module.all_choices(x[pick]), module.split_output(y[pick]), strict=True)  # pyright: ignore
-                errors = torch.stack([(h - t[:, None]).norm(dim=-1) for h, t in pairs], 1)
-                rows.setdefault(module.gate, []).append((x[pick].cpu(), errors.cpu()))
-    return {g: GateData(torch.cat([x for x, _ in r]), torch.cat([e for _, e in r])) for g, r in rows.items()}
+                errors = torch.cat([_errors(adaptive[f], *seen[f], pick) for f in group], 1)
+                rows.setdefault(adaptive[path].gate, []).append((x[pick].cpu(), errors.cpu()))
+    return {
+        g: GateData(
+            torch.cat([x for x, _ in r]), torch.cat([e for _, e in r]), torch.zeros(sum(len(x) for x, _ in r), 1)
+        )
+        for g, r in rows.items()
+    }
+
+
+def _linked_to(module: AdaptiveModule, adaptive: dict[str, AdaptiveModule]) -> list[str]:
+    """Modules that read this one's decision and are counted under its names."""
+    link = getattr(module, "link", None)
+    if link is None or len(module.names) == 1:
+        return []
+    return [path for path, m in adaptive.items() if m is not module and getattr(m, "link", None) is link]
+
+
+def _errors(module: Any, x: Tensor, y: Tensor, pick: Tensor) -> Tensor:
+    """d(k) (M, G, K) of the picked tokens."""
+    x, y = tokens_of(module, x, y)
+    pairs = zip(module.all_choices(x[pick]), module.split_output(y[pick]), strict=True)
+    return torch.stack([(h - t[:, None]).norm(dim=-1) for h, t in pairs], 1)
 
 
 def fit_classification_gates(
@@ -172,7 +196,7 @@ def fit_classification_gates(
         checkpoint: folder for checkpoints.
         resume: go on from the checkpoint there.
     """
-    items = []
+    items: list[tuple[ClassificationGate, Tensor, Tensor]] = []
     for gate, rows in data.items():
         if not isinstance(gate, ClassificationGate):
             raise AcmizeError(

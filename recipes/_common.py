@@ -1,0 +1,230 @@
+"""What the recipes share: arguments, model and data, rows kept as soon as they are measured, the table printed last."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import acmize
+from acmize.api import Images, convert
+from acmize.checkpoint import read_json, write_json
+from acmize.controls import gates_share, static_width
+from acmize.evaluate import evaluate_at, reference
+from acmize.hub import base_of, from_pretrained
+from acmize.models import load_model
+from acmize.phases.calibrate import set_budget
+from acmize.plan import Plan
+from acmize.quickstart_model import digits_dataset
+from acmize.recipe import Recipe, resolve
+
+ROOT = Path(__file__).resolve().parents[1]
+SMOKE: dict[str, Any] = {
+    "limit": 120,
+    "batch_size": 32,
+    "moments": 64,
+    "holdout": 0.3,
+    "acm": {"gate_hidden": 8},
+    "gates": {"images": 40, "steps": 40},
+    "distill": {"epochs": 1},
+    "train": {"epochs": 1, "crop_scale": (0.8, 1.0)},
+}
+Row = dict[str, Any]
+
+
+def parser(doc: str, file: str, budgets: Sequence[float] = ()) -> argparse.ArgumentParser:
+    """Arguments every recipe has: --smoke, --output, --seed, --limit, and --budgets where there are some."""
+    shown = argparse.RawDescriptionHelpFormatter
+    made = argparse.ArgumentParser(prog=Path(file).name, description=doc, formatter_class=shown)
+    made.add_argument("--smoke", action="store_true", help="the packaged digits model, a few images: only that it runs")
+    made.add_argument("--output", type=Path, help=f"folder for the results (default: runs/{Path(file).stem})")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--limit", type=int, help="samples a split at most")
+    if budgets:
+        made.add_argument("--budgets", type=float, nargs="+", default=list(budgets))
+    return made
+
+
+def start(args: argparse.Namespace, file: str) -> dict[str, Any]:
+    """Set up logging and the output folder; the options of a conversion that the arguments decide."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if args.output is None:
+        args.output = Path(tempfile.mkdtemp()) if args.smoke else Path("runs") / Path(file).stem
+    args.output.mkdir(parents=True, exist_ok=True)
+    options = {**SMOKE} if args.smoke else {}
+    return {**options, "seed": args.seed, **({} if args.limit is None else {"limit": args.limit})}
+
+
+def assets() -> Path:
+    """The folder with real weights and data: ACMIZE_ASSETS, or shared/assets beside the repository."""
+    path = Path(os.environ.get("ACMIZE_ASSETS") or ROOT.parent / "shared" / "assets")
+    if not path.is_dir():
+        raise SystemExit("weights and data: set ACMIZE_ASSETS to the folder that holds models/ and data/, or use --smoke")
+    return path
+
+
+def deit_tiny(smoke: bool, **kwargs: Any) -> nn.Module:
+    """DeiT-Tiny with its ImageNet weights, or the packaged digits model."""
+    if smoke:
+        return load_model("acmize_vit_digits")
+    weights = assets() / "models" / "deit_tiny_patch16_224" / "model.safetensors"
+    return load_model("deit_tiny_patch16_224", weights, **kwargs)
+
+
+def photographs(smoke: bool) -> Any:
+    """imagenet_mini, or scikit-learn's digits."""
+    return digits_dataset() if smoke else str(assets() / "data" / "imagenet_mini")
+
+
+class Rows:
+    """Measured rows in `results.json`, each written at once, so that a run that was killed goes on where it stopped.
+
+    Args:
+        args: arguments of the recipe; but for the folder and --from they must be those the folder was begun with.
+        file: the recipe's.
+    """
+
+    def __init__(self, args: argparse.Namespace, file: str) -> None:
+        self.path = args.output / "results.json"
+        skip = ("output", "trained")
+        settings = {k: v for k, v in sorted(vars(args).items()) if k not in skip}
+        self.found: dict[str, Any] = {"recipe": Path(file).stem, "settings": settings, "machine": machine(), "rows": {}}
+        if self.path.exists():
+            before = read_json(self.path)
+            if before["settings"] != settings:
+                raise SystemExit(f"{self.path}: begun with {before['settings']}; name another --output")
+            self.found["rows"] = before["rows"]
+
+    def measure(self, key: str, run: Callable[[], Row]) -> Row:
+        """The row of this name: as it stands in the file, or measured now."""
+        rows = self.found["rows"]
+        if key not in rows:
+            rows[key] = run()
+            write_json(self.path, self.found)
+        return rows[key]
+
+    def show(self, columns: dict[str, Callable[[str, Row], str]]) -> None:
+        """Print all rows as a markdown table, and write it to `table.md` beside them."""
+        lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        for key, row in self.found["rows"].items():
+            lines.append("| " + " | ".join(cell(key, row) for cell in columns.values()) + " |")
+        text = "\n".join(lines)
+        (self.path.parent / "table.md").write_text(text + "\n", encoding="utf-8")
+        print(text, flush=True)
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
+    return {"threads": torch.get_num_threads(), "cpu": platform.machine(), "gpu": gpu, **versions}
+
+
+class Bench:
+    """The data of a recipe and the dense model's answers on its test split.
+
+    Args:
+        dense: the dense model.
+        data: as `acmize.convert` takes it.
+        recipe: seed, limit, batch size.
+    """
+
+    def __init__(self, dense: nn.Module, data: Any, recipe: Recipe) -> None:
+        self.model, self.data, self.images = dense, data, Images(data, dense, recipe)
+        self.test = self.images.labelled(self.images.test)
+        self.held = list(self.images.batches(self.images.held, 200))
+        self.dense = reference(dense, self.test)
+
+    def row(self, model: nn.Module, plan: Plan, choose: Any = None) -> Row:
+        """Metrics on the test split of the model as it is set."""
+        found = evaluate_at(model, plan, self.test, self.dense, choose)
+        return {k: v for k, v in found.items() if k != "sites"}
+
+    def gated(self, model: Any, budget: float) -> Row:
+        """Metrics of an adaptive model at a budget."""
+        model.set_budget(budget)
+        return {"budget": budget, **self.row(model, model.plan)}
+
+    def static(self, model: nn.Module, plan: Plan, budget: float) -> Row:
+        """Metrics of static width, with the merging in force; it needs no gates, so their MACs go to learners."""
+        spare = gates_share(model, plan)
+        row = self.row(model, plan, static_width(model, plan, budget + spare))
+        ratio = row["macs_ratio"] - spare
+        return {"budget": budget, **row, "macs_ratio": ratio, "macs": ratio * plan.macs_dense}
+
+    def plain(self, model: nn.Module, macs_ratio: float) -> Row:
+        """Metrics of a model without gates, whose MACs are known."""
+        found = reference(model, self.test)
+        teacher, student = self.dense.logits.log_softmax(-1), found.logits.log_softmax(-1)
+        same = found.logits.argmax(-1) == self.dense.logits.argmax(-1)
+        return {
+            "macs_ratio": macs_ratio,
+            "accuracy": found.accuracy,
+            "agreement": same.double().mean().item(),
+            "kl": (teacher.exp() * (teacher - student)).sum(-1).mean().item(),
+            "seconds": found.seconds,
+        }
+
+
+def converted(folder: Path, dense: nn.Module, data: Any, recipe: Recipe, kwargs: dict[str, Any] | None = None) -> Any:
+    """The adaptive model kept in `folder`; made, in a way that can be killed and gone on with, where there is none.
+
+    Args:
+        folder: of the converted model.
+        dense: the dense model.
+        data: as `acmize.convert` takes it.
+        recipe: of the conversion.
+        kwargs: what `timm.create_model` was given beside the name.
+    """
+    if (folder / "config.json").exists():
+        return from_pretrained(folder)
+    work = folder.with_name(f"{folder.name}.work")
+    made = convert(dense, data=data, recipe=recipe, base=base_of(dense, kwargs), work=work, resume=True)
+    made.save_pretrained(folder)
+    return made
+
+
+def at(model: Any, budget: float) -> Any:
+    """The adaptive model, set to a budget."""
+    set_budget(model, model.plan, model.calibration, budget)
+    return model
+
+
+def percent(value: float | None) -> str:
+    """A share as per cent with one decimal."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def columns(first: str = "method") -> dict[str, Callable[[str, Row], str]]:
+    """The usual columns: method, budget, realised MACs, top-1, agreement with dense, KL to dense."""
+    return {
+        first: lambda key, _: key.split(" @ ")[0],
+        "budget": lambda _, r: "-" if r.get("budget") is None else f"{r['budget']:g}",
+        "MACs": lambda _, r: f"{r['macs_ratio']:.3f}",
+        "top-1 %": lambda _, r: percent(r["accuracy"]),
+        "agreement %": lambda _, r: percent(r["agreement"]),
+        "KL": lambda _, r: f"{r['kl']:.3f}",
+    }
+
+
+def dense_row(bench: Bench) -> Row:
+    """The dense model's own row."""
+    return {"macs_ratio": 1.0, "accuracy": bench.dense.accuracy, "agreement": 1.0, "kl": 0.0}
+
+
+def limited(batches: Iterable[Tensor]) -> list[Tensor]:
+    """Batches, held."""
+    return list(batches)
+
+
+__all__ = ["SMOKE", "Bench", "Rows", "acmize", "resolve"]

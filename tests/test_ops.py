@@ -1,0 +1,152 @@
+"""The two primitives: backends agree, and tokens do not depend on each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from acmize import ops
+from acmize.gates import Decision
+from acmize.layers import Contract, Expand, LowRank
+
+BOUNDS = {"even": (0, 4, 8, 12), "uneven": (0, 1, 7, 12)}
+D, O = 6, 5
+
+
+def choices(kind: str) -> Tensor:
+    return {
+        "random": torch.randint(0, 4, (23,)),
+        "empty": torch.zeros(0, dtype=torch.long),
+        "all zero": torch.zeros(9, dtype=torch.long),
+        "all equal": torch.full((9,), 2),
+        "all full": torch.full((9,), 3),
+        "one token": torch.tensor([1]),
+        "gaps": torch.tensor([3, 0, 3, 0, 1]),
+    }[kind]
+
+
+KINDS = ("random", "empty", "all zero", "all equal", "all full", "one token", "gaps")
+
+
+def by_loops(layer: Expand | Contract, x: Tensor, choice: Tensor) -> Tensor:
+    """The definition, a token at a time."""
+    rows, heads = [], layer.heads
+    for row, k in zip(x, choice.tolist(), strict=True):
+        width = layer.bounds[k]
+        if isinstance(layer, Expand):
+            h = (layer.weight @ row + layer.bias).view(heads, -1).clone()
+            h[:, width:] = 0
+            rows.append(h.flatten())
+        else:
+            h = row.view(heads, -1).clone()
+            h[:, width:] = 0
+            rows.append(layer.weight @ h.flatten() + layer.bias + layer.learner_bias[:k].sum(0))
+    return torch.stack(rows) if rows else x.new_zeros(0, layer.out_features)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("bounds", BOUNDS.values(), ids=BOUNDS)
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_backends_agree_with_the_definition(kind: str, bounds: tuple[int, ...], heads: int) -> None:
+    choice = choices(kind)
+    expand = Expand(D, 12 * heads, True, bounds, heads)
+    contract = Contract(12 * heads, O, bounds, heads)
+    contract.learner_bias.normal_()
+    x, h = torch.randn(len(choice), D), torch.randn(len(choice), 12 * heads)
+    for layer, z in ((expand, x), (contract, h)):
+        expected = by_loops(layer, z, choice)
+        for backend in ops.BACKENDS:
+            with ops.use_backend(backend):
+                torch.testing.assert_close(layer(z, Decision(choice)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_low_rank_backends_agree(kind: str) -> None:
+    layer, choice = LowRank(D, O, BOUNDS["uneven"]), choices(kind)
+    layer.fc2.learner_bias.normal_()
+    x = torch.randn(len(choice), D)
+    with ops.use_backend("masked"):
+        masked = layer(x, Decision(choice))
+    with ops.use_backend("sorted"):
+        torch.testing.assert_close(layer(x, Decision(choice)), masked, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_leading_axes_are_kept() -> None:
+    layer, x = Expand(D, 12, False, BOUNDS["even"]), torch.randn(2, 3, 4, D)
+    choice = torch.randint(0, 4, (2, 3, 4))
+    for backend in ops.BACKENDS:
+        with ops.use_backend(backend):
+            assert layer(x, Decision(choice)).shape == (2, 3, 4, 12)
+            assert layer(x[:0], Decision(choice[:0])).shape == (0, 3, 4, 12)
+
+
+@pytest.mark.parametrize("backend", ops.BACKENDS)
+@torch.no_grad()
+def test_a_token_does_not_depend_on_its_mates(backend: str) -> None:
+    choice = choices("random")
+    expand, contract = Expand(D, 12, True, BOUNDS["uneven"]), Contract(12, O, BOUNDS["uneven"])
+    contract.learner_bias.normal_()
+    x = torch.randn(len(choice), D)
+    with ops.use_backend(backend):
+        together = contract(F.gelu(expand(x, Decision(choice))), Decision(choice))
+        for i in range(len(x)):
+            one = Decision(choice[i : i + 1])
+            alone = contract(F.gelu(expand(x[i : i + 1], one)), one)
+            torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_all_choices_is_each_choice() -> None:
+    expand, contract = Expand(D, 24, True, BOUNDS["uneven"], 2), Contract(24, O, BOUNDS["uneven"], 2)
+    contract.learner_bias.normal_()
+    for layer, z in ((expand, torch.randn(7, D)), (contract, torch.randn(7, 24))):
+        every = layer.all_choices(z)
+        for k in range(4):
+            one = layer.masked(z, Decision(torch.full((7,), k)))
+            torch.testing.assert_close(every[:, k], one, rtol=1e-5, atol=1e-5)
+
+
+def test_runs_of_equal_count_are_one_product() -> None:
+    order = ops.sort_tokens(torch.tensor([3, 3, 1]), 4)
+    assert order.counts == [3, 2, 2, 0]
+    assert list(ops._runs(order, (0, 2, 4, 6, 8))) == [(3, 0, 2), (2, 2, 6)]
+
+
+@pytest.mark.parametrize(("units", "num"), [(12, 4), (10, 4), (7, 7), (64, 8), (5, 1)])
+def test_even_bounds(units: int, num: int) -> None:
+    bounds = ops.even_bounds(units, num)
+    widths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    assert bounds[0] == 0
+    assert bounds[-1] == units
+    assert len(widths) == num
+    assert max(widths) - min(widths) <= 1
+    assert min(widths) >= 1
+
+
+def test_dispatch() -> None:
+    x = torch.zeros(1)
+    assert ops.pick_backend(x) == "masked"  # gradients are on
+    with torch.no_grad():
+        assert ops.pick_backend(x) == "sorted"
+        with ops.use_backend("masked"):
+            assert ops.pick_backend(x) == "masked"
+            with ops.use_backend("sorted"):
+                assert ops.pick_backend(x) == "sorted"
+            assert ops.pick_backend(x) == "masked"
+        assert ops.pick_backend(torch.zeros(1, device="meta")) == "masked"
+    with pytest.raises(ValueError, match="'fast', expected one of"), ops.use_backend("fast"):
+        pass
+    assert ops._forced == []
+
+
+def test_masked_is_differentiable_where_sorted_would_run() -> None:
+    layer = Contract(12, O, BOUNDS["even"])
+    keep = torch.ones(3, 3, requires_grad=True)
+    layer(torch.randn(3, 12), Decision(torch.full((3,), 3), keep)).sum().backward()
+    assert keep.grad is not None
+    assert keep.grad.abs().min() > 0
