@@ -1,5 +1,8 @@
 """acmize turns a pretrained model into one that spends compute only where the input needs it."""
 
+import sys
+import types
+
 from acmize.__about__ import __version__
 from acmize.errors import AcmizeError
 from acmize.methods import acm as _acm
@@ -18,6 +21,16 @@ _LAZY = {
     "save_pretrained": "acmize.hub",
 }
 __all__ = ["AcmConfig", "AcmizeError", "Plan", "PlanEntry", "Site", "__version__", *_LAZY]
+
+
+class _Package(types.ModuleType):
+    def __setattr__(self, name: str, value: object) -> None:
+        """Keep the function `acmize.convert` where Python would put the submodule of that name."""
+        if not (name in _LAZY and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> object:

@@ -9,6 +9,7 @@ ends with the same numbers; each stage draws from generators of its own.
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from acmize.batches import cached, loader, mixup
 from acmize.checkpoint import load_tensors, read_json, save_tensors, write_json
+from acmize.compensate import compensate_
 from acmize.convert import convert_
 from acmize.damage import collect_damage
 from acmize.data import ImageSet, eval_transform, open_images, split_holdout, train_transform
@@ -28,7 +30,7 @@ from acmize.errors import AcmizeError
 from acmize.evaluate import evaluate, reference
 from acmize.gates import choosing, full_width, set_dial
 from acmize.hosts import make_plan
-from acmize.hub import base_of, make_adaptive
+from acmize.hub import base_of, make_adaptive, save_pretrained
 from acmize.init import collect_moments, init_
 from acmize.methods.token_merging import set_schedule
 from acmize.models import load_model
@@ -48,6 +50,7 @@ class Images:
     def __init__(self, data: Any, model: nn.Module, recipe: Recipe) -> None:
         splits = open_images(data, limit=recipe.limit, seed=recipe.seed)
         self.name = splits.name
+        _check_classes(splits, model)
         if splits.train is None:
             raise AcmizeError(f"data {splits.name}: found no train split, expected one to fit on; add train/")
         fit, held = split_holdout(splits.train, recipe.holdout, recipe.seed)
@@ -57,7 +60,8 @@ class Images:
         self.fit = cached(ImageSet(fit, plain, **columns, **channels))
         self.held = cached(ImageSet(held, plain, **columns, **channels))
         self.test = None if splits.test is None else cached(ImageSet(splits.test, plain, **columns, **channels))
-        augment = train_transform(model, crop_scale=recipe.train.crop_scale, randaugment=recipe.train.randaugment)
+        train = recipe.train
+        augment = train_transform(model, crop_scale=train.crop_scale, hflip=train.hflip, randaugment=train.randaugment)
         self.augmented = ImageSet(fit, augment, **columns, **channels, seed=recipe.seed)
         self.batch_size = recipe.batch_size
 
@@ -119,6 +123,7 @@ def convert(
     plan: Plan | None = None,
     work: str | Path | None = None,
     resume: bool = False,
+    output: str | Path | None = None,
     **options: Any,
 ) -> Any:
     """Make a pretrained model adaptive.
@@ -133,6 +138,7 @@ def convert(
         plan: from `make_plan`, for sites of a module of one's own.
         work: folder for checkpoints; kept on failure, removed on success.
         resume: go on from the checkpoints in `work`.
+        output: folder to save the result in, before `work` is removed.
         options: fields of a `Recipe`, in place of `recipe`.
 
     Returns:
@@ -152,7 +158,12 @@ def convert(
             model, recipe.acm, target_modules=recipe.target_modules, exclude=recipe.exclude, merge=recipe.merge
         )
     plan.check_budget(recipe.budget)
-    return _Conversion(model, plan, recipe, Images(data, model, recipe), work, resume).run(base)
+    made = _Conversion(model, plan, recipe, Images(data, model, recipe), work, resume).run(base)
+    if output is not None:
+        save_pretrained(made, output)
+    if work is not None:
+        shutil.rmtree(work)
+    return made
 
 
 class _Conversion:
@@ -167,6 +178,7 @@ class _Conversion:
         self.findings: list[Finding] = []
         self.seconds: dict[str, float] = {}
         self.calibration: Calibration | None = None
+        self._check_labels()
         if self.work is not None:
             if not resume and self.work.exists():
                 shutil.rmtree(self.work)
@@ -175,12 +187,31 @@ class _Conversion:
 
     def _same_recipe(self) -> None:
         path = self.work / "recipe.json"  # pyright: ignore[reportOptionalOperand]
-        mine = {"recipe": self.recipe.to_dict(), "plan": self.plan.to_dict()}
-        if path.exists() and _plain(read_json(path)) != _plain(mine):
-            raise AcmizeError(
-                f"{path}: the unfinished conversion there had other options; leave --resume out to start anew"
-            )
+        mine = {
+            "recipe": self.recipe.to_dict(), "plan": self.plan.to_dict(), "weights": _fingerprint(self.dense),
+            "images": [len(self.images.fit), len(self.images.held)],
+        }  # fmt: skip
+        if path.exists():
+            stored, mine = _plain(read_json(path)), _plain(mine)
+            other = [k for k in mine if not isinstance(stored, dict) or stored.get(k) != mine[k]]
+            if other:
+                raise AcmizeError(
+                    f"{path}: the unfinished conversion there had other {' and '.join(other)} (options, model, data); "
+                    "give the same ones, or leave --resume out to start anew"
+                )
+            return
         write_json(path, mine)
+
+    def _check_labels(self) -> None:
+        """What finetune would only find out after the other phases."""
+        losses = self.recipe.losses
+        if "finetune" not in self.recipe.phases or losses.task == 0 or losses.teacher > 0 or losses.features > 0:
+            return
+        if bool((self.images.augmented.labels_N < 0).all()):
+            raise AcmizeError(
+                f"data {self.images.name}: found no labels, but finetune without a teacher needs them; give labels, "
+                "set losses.teacher above 0, or leave finetune out of --phases"
+            )
 
     def run(self, base: dict[str, Any] | None) -> Any:
         """All stages; see the module's docstring."""
@@ -200,8 +231,6 @@ class _Conversion:
             self.model, self.plan, self.calibration, base or base_of(self.dense), results, self._described()
         )
         made.set_budget(self.recipe.budget)
-        if self.work is not None:
-            shutil.rmtree(self.work)
         return made.eval()
 
     def _stage(self, name: str, run: Callable[[], None]) -> None:
@@ -209,15 +238,22 @@ class _Conversion:
         import time
 
         done = None if self.work is None else self.work / f"{name}.safetensors"
-        if done is not None and done.exists():
+        told = None if done is None else done.with_suffix(".json")
+        if done is not None and told is not None and done.exists():
             self.model.load_state_dict(load_tensors(done))
+            kept = read_json(told)
+            self.findings += [Finding(**f) for f in kept["findings"]]
+            self.seconds[name] = kept["seconds"]
             log.info("%s: resumed", name)
             return
         start = time.perf_counter()
         torch.manual_seed(self.recipe.seed)
+        before = len(self.findings)
         run()
         self.seconds[name] = time.perf_counter() - start
-        if done is not None:
+        if done is not None and told is not None:
+            found = [f.to_dict() for f in self.findings[before:]]
+            write_json(told, {"seconds": self.seconds[name], "findings": found})
             save_tensors(done, self.model.state_dict())
         log.info("%s: %.0f s", name, self.seconds[name])
 
@@ -255,6 +291,8 @@ class _Conversion:
             return
         for number in range(options.rounds):
             calibration = self._calibrate((0.9, 0.7, 0.5), 0.03) if number else None
+            if calibration is not None:
+                self._compensate(calibration)
             batches = self._at_drawn_budgets(self.images.batches(self.images.fit, options.images, size=20), calibration)
             data = collect_damage(
                 self.model, self.dense, batches, choose=None if number else full_width, generator=generator,
@@ -264,6 +302,12 @@ class _Conversion:
                 data, steps=options.steps, lr=options.lr or 3e-3, seed=seed + number, fresh=number == 0,
                 name=f"gates-{number + 1}", **self._checkpoint(),
             )  # fmt: skip
+        if options.rounds > 1:
+            self._compensate(self._calibrate((0.9, 0.7, 0.5), 0.03))
+
+    def _compensate(self, calibration: Calibration) -> None:
+        batches = self.images.batches(self.images.fit, self.recipe.moments, size=20)
+        compensate_(self.model, self._at_drawn_budgets(batches, calibration))
 
     def _at_drawn_budgets(self, batches: Iterator[Tensor], calibration: Calibration | None) -> Iterator[Tensor]:
         """Set a budget drawn for each batch before it is run: what is merged, and the dial once it is calibrated."""
@@ -277,10 +321,6 @@ class _Conversion:
 
     def _finetune(self) -> None:
         train, losses = self.recipe.train, self.recipe.losses
-        if losses.task > 0 and losses.teacher == 0 and bool((self.images.augmented.labels_N < 0).all()):
-            raise AcmizeError(
-                "finetune: found no labels and no teacher loss; give labels, or set losses.teacher above 0"
-            )
         batches, steps = self.images.epochs(self.images.augmented, self.recipe.seed + 1)
         mix: Any = None
         if train.mixup > 0 or train.cutmix > 0:
@@ -297,7 +337,7 @@ class _Conversion:
         )  # fmt: skip
 
     def _calibrate(self, budgets: Sequence[float], tolerance: float = 0.0025) -> Calibration:
-        batches = list(self.images.batches(self.images.held, 200))
+        batches = list(self.images.batches(self.images.held, 64 if tolerance > 0.01 else 200))
         reachable = [b for b in budgets if b >= self.plan.budget_range[0]]
         return calibrate(self.model, self.plan, batches, reachable, tolerance=tolerance)
 
@@ -338,6 +378,7 @@ def evaluate_saved(
         batch_size: images in a batch.
     """
     splits = open_images(data, limit=limit)
+    _check_classes(splits, model)
     which = "test" if splits.test is not None else "train"
     images = cached(ImageSet.of(splits, which, model))
     batches = _Listed(lambda: loader(images, min(batch_size, len(images))), images, batch_size)  # pyright: ignore
@@ -350,6 +391,22 @@ def evaluate_saved(
     saved = [row["budget"] for row in model.results.get("results", [])]
     results = evaluate(model, model.plan, model.calibration, batches, dense, budgets or saved or (0.5,))
     return {**results, "split": which, "dense_is": "base weights" if weights is not None else "full width"}
+
+
+def _check_classes(splits: Any, model: nn.Module) -> None:
+    """Labels, where there are any, have to mean the model's outputs."""
+    classes = getattr(model, "num_classes", None)
+    if splits.label_column is not None and isinstance(classes, int) and classes > 0:
+        splits.check_labels(classes)
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the weights, to tell a resumed run that its model is another one."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _plain(value: Any) -> Any:

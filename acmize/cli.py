@@ -34,9 +34,8 @@ Config = Annotated[Path | None, typer.Option(help="YAML file with any option of 
 
 def main() -> None:
     """Entry point: user errors become one line and exit status 2."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "timm", "huggingface_hub", "datasets"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("acmize").setLevel(logging.INFO)
     try:
         app(standalone_mode=True)
     except AcmizeError as error:
@@ -44,7 +43,7 @@ def main() -> None:
     except OSError as error:
         if error.errno is None:
             raise
-        _fail(f"{error.strerror}: {error.filename or 'output'}; free space or choose another folder")
+        _fail(f"{error.filename or 'output'}: {error.strerror}; free space, check the path, or choose another folder")
 
 
 def _fail(message: str) -> None:
@@ -83,9 +82,12 @@ def plan(
     from acmize.hosts import make_plan
     from acmize.models import architecture, load_model
 
-    recipe = _recipe(preset, config, _acm(num_learners, learner_dim))
+    flags = _given(target_modules=_tuple(target_modules), exclude=_tuple(exclude))
+    recipe = _recipe(preset, config, {**_acm(num_learners, learner_dim), **flags})
     dense = load_model(model, weights) if weights is not None else architecture(model)
-    made = make_plan(dense, recipe.acm, target_modules=target_modules or (), exclude=exclude or (), merge=recipe.merge)
+    made = make_plan(
+        dense, recipe.acm, target_modules=recipe.target_modules, exclude=recipe.exclude, merge=recipe.merge
+    )
     if budget is not None:
         made.check_budget(budget)
     if as_json:
@@ -113,6 +115,10 @@ def print_plan(name: str, made: Any) -> None:
         for r in made.refused:
             stays.add_row(r.fqn, r.reason)
         out.print(stays)
+    small = [e.fqn for e in made.entries if e.gate_macs >= 0.25 * sum(e.learner_macs)]
+    if small:
+        names = ", ".join(small[:4]) + (f" and {len(small) - 4} more" if len(small) > 4 else "")
+        out.print(f"small: the gate costs a quarter of the site or more, so it hardly pays at {names}", highlight=False)
     kinds: dict[str, int] = {}
     for e in made.entries:
         kinds[e.kind] = kinds.get(e.kind, 0) + 1
@@ -152,7 +158,7 @@ def convert(
 ) -> None:
     """Make a pretrained model adaptive, measure it and save it."""
     from acmize.api import convert as run
-    from acmize.hub import base_of, save_pretrained
+    from acmize.hub import base_of, check_replaceable
     from acmize.models import load_model
 
     flags: dict[str, Any] = {
@@ -165,11 +171,10 @@ def convert(
     if epochs is not None:
         flags["train"] = {"epochs": epochs}
     recipe = _recipe(preset, config, flags)
-    _writable(output)
+    check_replaceable(output)
     dense = load_model(model, weights)
-    work = output.with_name(output.name + ".work")
-    made = run(dense, data=data, recipe=recipe, base=base_of(dense), work=work, resume=resume)
-    save_pretrained(made, output)
+    work = output.absolute().with_name(output.absolute().name + ".work")
+    made = run(dense, data=data, recipe=recipe, base=base_of(dense), work=work, resume=resume, output=output)
     _report(made.results, as_json)
 
 
@@ -243,8 +248,10 @@ def quickstart(
     as_json: AsJson = False,
 ) -> None:
     """The whole way on what the package carries, offline: a small ViT and scikit-learn's digits."""
+    from acmize.hub import check_replaceable
     from acmize.quickstart import run
 
+    check_replaceable(output)
     results = run(output)
     if as_json:
         print(json.dumps(results))
@@ -283,17 +290,9 @@ def _merge(text: str | None) -> str | int | None:
 def _phases(text: str | None) -> tuple[str, ...] | None:
     if text is None:
         return None
-    named = {"all": "distill,gates,finetune", "none": ""}.get(text, text)
-    return tuple(p.strip() for p in named.split(",") if p.strip())
+    from acmize.recipe import named_phases
 
-
-def _writable(folder: Path) -> None:
-    if (
-        folder.exists()
-        and not (folder / "plan.json").exists()
-        and any(folder.iterdir() if folder.is_dir() else [folder])
-    ):
-        raise AcmizeError(f"--output {folder}: exists and is not a saved acmize model; choose another folder")
+    return named_phases(text)
 
 
 __all__ = ["app", "main", "print_plan", "print_results"]

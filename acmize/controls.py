@@ -23,27 +23,32 @@ from acmize.plan import Plan
 def static_width(model: nn.Module, plan: Plan, budget: float) -> Choose:
     """Every token runs the same number of learners at a site, the same share at every site, at a budget.
 
-    Shares between two whole numbers of learners are met by rounding up at as many sites, evenly spread, as the budget
-    allows.
+    What is left over when the share is rounded down buys one learner more at as many sites as it can, spread over the
+    depth, so that the budget is met within the cost of one learner.
     """
-    rest, scale = plan.macs_rest(schedule_of(model)), _tokens_left(model, plan)
-    free = (budget - gates_share(model, plan)) * plan.macs_dense - rest
+    left = _tokens_left(model, plan)
+    free = (budget - gates_share(model, plan)) * plan.macs_dense - plan.macs_rest(schedule_of(model))
 
-    def spent(share: float) -> tuple[float, dict[str, int]]:
-        total, choices, debt = 0.0, {}, 0.0
-        for e in plan.entries:
-            wanted = share * e.num_learners + debt
-            k = min(max(round(wanted), e.min_choice), e.num_learners)
-            debt = wanted - k if 0 < share < 1 else 0.0
-            choices[e.fqn] = k
-            total += scale * e.tokens * sum(e.learner_macs[:k])
-        return total, choices
+    def rounded_down(share: float) -> dict[str, int]:
+        return {e.fqn: max(int(share * e.num_learners), e.min_choice) for e in plan.entries}
 
-    low, high = 0.0, 1.0
+    def spent(choices: dict[str, int]) -> float:
+        return sum(left[e.fqn] * e.tokens * sum(e.learner_macs[: choices[e.fqn]]) for e in plan.entries)
+
+    low, high = 0.0, 1.0 + 1e-9
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if spent(middle)[0] <= free else (low, middle)
-    return by_name(model, spent(low)[1])
+        low, high = (middle, high) if spent(rounded_down(middle)) <= free else (low, middle)
+    choices = rounded_down(low)
+    free -= spent(choices)
+    golden = 0.6180339887498949  # its multiples modulo 1 are spread evenly, however many are taken
+    for _, e in sorted(enumerate(plan.entries), key=lambda item: item[0] * golden % 1):
+        if choices[e.fqn] < e.num_learners:
+            more = left[e.fqn] * e.tokens * e.learner_macs[choices[e.fqn]]
+            if more <= free:
+                choices[e.fqn] += 1
+                free -= more
+    return by_name(model, choices)
 
 
 def gates_share(model: nn.Module, plan: Plan) -> float:
@@ -51,15 +56,17 @@ def gates_share(model: nn.Module, plan: Plan) -> float:
 
     `evaluate_at` counts them for a control too, though a static width could do without.
     """
-    return _tokens_left(model, plan) * sum(e.tokens * e.gate_macs for e in plan.entries) / plan.macs_dense
+    left = _tokens_left(model, plan)
+    return sum(left[e.fqn] * e.tokens * e.gate_macs for e in plan.entries) / plan.macs_dense
 
 
-def _tokens_left(model: nn.Module, plan: Plan) -> float:
-    """Mean over blocks of the share of tokens that merging leaves."""
+def _tokens_left(model: nn.Module, plan: Plan) -> dict[str, float]:
+    """Entry -> share of its tokens that the merging schedule in force leaves."""
     schedule = schedule_of(model)
     if plan.merging is None or not schedule:
-        return 1.0
-    return sum(plan.merging.counts(schedule)) / (plan.merging.tokens * plan.merging.blocks)
+        return {e.fqn: 1.0 for e in plan.entries}
+    shares = [count / plan.merging.tokens for count in plan.merging.counts(schedule)]
+    return {e.fqn: shares[int(e.fqn.split(".")[1])] if e.fqn.startswith("blocks.") else 1.0 for e in plan.entries}
 
 
 def by_name(model: nn.Module, choices: Mapping[str, int]) -> Choose:

@@ -280,7 +280,11 @@ def make_plan(
 
     def wanted(fqn: str, target: str, site: Site) -> bool:
         names = (fqn, target, site.fqn)
-        chosen = not globs or site in declared or any(fnmatch.fnmatchcase(n, g) and (used.add(g) or True) for g in globs for n in names)
+        chosen = (
+            not globs
+            or site in declared
+            or any(fnmatch.fnmatchcase(n, g) and (used.add(g) or True) for g in globs for n in names)
+        )
         dropped = [g for g in exclude for n in names if fnmatch.fnmatchcase(n, g)]
         used.update(dropped)
         if chosen and dropped:
@@ -343,7 +347,9 @@ def _found(model: nn.Module, declared: list[Site], known_too: bool) -> Found:
             rest.append(item)
         elif isinstance(item, Site):
             reason = f"{hit[0]} is declared by --target-modules"
-            rest += [Refusal(fqn=p, reason=reason) for p in sorted(paths - taken) if type(model.get_submodule(p)) in _PLAIN]
+            rest += [
+                Refusal(fqn=p, reason=reason) for p in sorted(paths - taken) if type(model.get_submodule(p)) in _PLAIN
+            ]
     return [*declared, *rest]
 
 
@@ -380,12 +386,16 @@ def _unfit(site: Site, modules: dict[str, Any]) -> str | None:
     if site.kind == "mlp":
         units = sizes["fc1"][0] // (2 if site.options.get("packed") else 1)
         if sizes["fc2"][1] != units:
-            return f"fc2={site.roles['fc2']!r} takes {sizes['fc2'][1]} units, but fc1={site.roles['fc1']!r} gives {units}"
+            return (
+                f"fc2={site.roles['fc2']!r} takes {sizes['fc2'][1]} units, but fc1={site.roles['fc1']!r} gives {units}"
+            )
     elif site.kind == "attention":
         heads, width = site.options["heads"], sizes["out"][1]
         given = {"qkv": sizes["qkv"][0] / 3} if "qkv" in sizes else {k: sizes[k][0] for k in "qkv"}
         if heads < 1 or width % heads or any(size != width for size in given.values()):
-            return f"heads={heads}, widths {given}: expected {width} each, as out takes, and a whole number for each head"
+            return (
+                f"heads={heads}, widths {given}: expected {width} each, as out takes, and a whole number for each head"
+            )
     return None
 
 

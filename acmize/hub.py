@@ -7,16 +7,20 @@ network nor the base weights.
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from acmize import __about__
 from acmize.checkpoint import atomic_dir, load_tensors, read_json, save_tensors, write_json
 from acmize.convert import convert_
 from acmize.errors import AcmizeError
+from acmize.models import SOURCES
 from acmize.phases.calibrate import Calibration, set_budget
 from acmize.plan import Plan
 
@@ -88,6 +92,13 @@ def base_of(model: nn.Module, kwargs: dict[str, Any] | None = None) -> dict[str,
     if name is None:
         return {"library": "module", "architecture": type(model).__name__, "kwargs": {}, "pretrained_cfg": {}}
     built = dict(kwargs or {})
+    embed = getattr(model, "patch_embed", None)
+    size, wanted = getattr(embed, "img_size", None), cfg.get("input_size", (3,))
+    if size is not None and tuple(size) != tuple(wanted[1:]):
+        built.setdefault("img_size", list(size))
+    channels = getattr(getattr(embed, "proj", None), "in_channels", wanted[0])
+    if channels != wanted[0]:
+        built.setdefault("in_chans", channels)
     classes = getattr(model, "num_classes", cfg.get("num_classes"))
     if classes is not None:
         built.setdefault("num_classes", classes)
@@ -106,6 +117,7 @@ def base_of(model: nn.Module, kwargs: dict[str, Any] | None = None) -> dict[str,
 def save_pretrained(model: Any, folder: str | Path) -> Path:
     """See `Adaptive.save_pretrained`."""
     folder = Path(folder)
+    check_replaceable(folder)
     with atomic_dir(folder) as new:
         write_json(
             new / "config.json",
@@ -122,7 +134,29 @@ def save_pretrained(model: Any, folder: str | Path) -> Path:
         write_json(new / "recipe.json", model.recipe)
         save_tensors(new / "model.safetensors", model.state_dict())
         (new / "README.md").write_text(model_card(model), encoding="utf-8")
+        for other in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if other.name not in (*FILES, "results.json", "recipe.json", "README.md"):
+                copy = shutil.copytree if other.is_dir() else shutil.copy2  # a .git, a report: not ours to throw away
+                copy(other, new / other.name)
     return folder
+
+
+def check_replaceable(folder: str | Path) -> None:
+    """Raise unless a model can be saved there: saving replaces the whole folder.
+
+    Raises:
+        AcmizeError: a file, the current folder, or a folder with anything but a saved model in it.
+    """
+    folder = Path(folder).absolute()
+    if folder.is_dir() and folder.samefile(Path.cwd()):
+        raise AcmizeError(f"output {folder}: is the current folder, which would be replaced; name a new one")
+    if folder.exists() and not folder.is_dir():
+        raise AcmizeError(f"output {folder}: is a file, expected a folder; choose another name")
+    if folder.is_dir() and any(folder.iterdir()) and not all((folder / name).is_file() for name in FILES):
+        raise AcmizeError(f"output {folder}: exists and is not a saved acmize model; choose another folder")
+    parent = next(p for p in folder.parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise AcmizeError(f"output {folder}: {parent} is no folder that can be written to; choose another one")
 
 
 def model_card(model: Any) -> str:
@@ -190,22 +224,34 @@ def from_pretrained(source: str | Path, *, model: nn.Module | None = None, revis
     """
     folder = _local(source, revision)
     config, stored = read_json(folder / "config.json"), read_json(folder / "plan.json")
-    if not isinstance(config, dict) or config.get("schema") != SCHEMA:
+    if not isinstance(config, dict) or type(config.get("schema")) is not int or config.get("schema") != SCHEMA:
         found = config.get("schema") if isinstance(config, dict) else type(config).__name__
         raise AcmizeError(f"{folder}/config.json: found schema {found!r}, expected {SCHEMA}; save it again")
     try:
         plan, calibration = Plan.from_dict(stored["plan"]), _calibration(stored["calibration"])
-        base = dict(config["base"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise AcmizeError(f"{folder}: damaged or tampered ({error}); restore the file or convert again") from None
+        base = _checked_base(config["base"])
+        if type(config.get("budget")) not in (int, float, type(None)):
+            raise TypeError(f"config.json: budget {config['budget']!r}")
+        if not 0 <= plan.budget_range[0] <= plan.budget_range[1]:
+            raise ValueError(f"plan.json: budgets {plan.budget_range}")
+    except AcmizeError as error:
+        raise AcmizeError(f"{folder}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise AcmizeError(f"{folder}: damaged or tampered ({error!r}); restore the file or convert again") from None
+    results, recipe = (_optional(folder / name) for name in ("results.json", "recipe.json"))
+    path = folder / "model.safetensors"
+    if model is None:
+        with torch.device("meta"):  # sizes are compared before any memory is taken
+            sketch = build_base(base)
+            _insert(sketch, plan, folder)
+        _check_weights(sketch, path)
     dense = model if model is not None else build_base(base)
-    convert_(dense, plan)
-    _load_weights(dense, folder / "model.safetensors")
-    results = read_json(folder / "results.json") if (folder / "results.json").exists() else {}
-    recipe = read_json(folder / "recipe.json") if (folder / "recipe.json").exists() else {}
+    _insert(dense, plan, folder)
+    _check_weights(dense, path)
+    load_state(dense, path)
     made = make_adaptive(dense, plan, calibration, base, results, recipe).eval()
     if config.get("budget") is not None:
-        made.set_budget(float(config["budget"]))
+        made.set_budget(config["budget"])
     return made
 
 
@@ -221,6 +267,13 @@ def build_base(base: dict[str, Any]) -> nn.Module:
         )
     import timm
 
+    import acmize.quickstart_model  # noqa: F401 - registers the model that ships with the package
+
+    if not timm.is_model(base["architecture"]):
+        raise AcmizeError(
+            f"base model {base['architecture']!r} is unknown to timm {timm.__version__}; install a newer timm, or pass "
+            "it freshly built: from_pretrained(..., model=...)"
+        )
     try:
         return timm.create_model(
             str(base["architecture"]),
@@ -228,9 +281,10 @@ def build_base(base: dict[str, Any]) -> nn.Module:
             pretrained_cfg_overlay=_tuples(base["pretrained_cfg"]),
             **base["kwargs"],
         )
-    except (RuntimeError, TypeError, KeyError, ValueError) as error:
+    except Exception as error:  # any kind: the arguments come from a file
         raise AcmizeError(
-            f"base model {base.get('architecture')!r} cannot be built by timm {timm.__version__}: {error}"
+            f"base model {base.get('architecture')!r} cannot be built by timm {timm.__version__} ({error!r}); "
+            "restore config.json, or install the timm it was saved with"
         ) from None
 
 
@@ -239,7 +293,10 @@ def _tuples(cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def _calibration(d: dict[str, Any]) -> Calibration:
-    return Calibration(dials=tuple(map(float, d["dials"])), budgets=tuple(map(float, d["budgets"])))
+    made = Calibration(dials=tuple(map(float, d["dials"])), budgets=tuple(map(float, d["budgets"])))
+    if not all(0 <= x <= 1 for x in made.dials) or not all(0 <= b < 100 for b in made.budgets):
+        raise ValueError(f"calibration: dials {made.dials} or budgets {made.budgets} out of range")
+    return made
 
 
 def _local(source: str | Path, revision: str | None) -> Path:
@@ -264,18 +321,61 @@ def _local(source: str | Path, revision: str | None) -> Path:
     return folder
 
 
-def _load_weights(model: nn.Module, path: Path) -> None:
-    tensors = load_tensors(path)
-    expected = model.state_dict()
-    wrong = [k for k in expected if k in tensors and tensors[k].shape != expected[k].shape]
-    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+def _insert(model: nn.Module, plan: Plan, folder: Path) -> None:
+    try:
+        convert_(model, plan)
+    except AcmizeError:
+        raise
+    except Exception as error:  # any kind: the sizes come from a file
+        raise AcmizeError(f"{folder}/plan.json: does not fit the model ({error!r}); restore the file") from None
+
+
+def _check_weights(model: nn.Module, path: Path) -> None:
+    """Compare names and shapes with the header of a safetensors file, without reading the tensors."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise AcmizeError(f"{path}: damaged ({error}); restore the file or convert again") from None
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wrong = [k for k in expected if k in found and found[k] != expected[k]]
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if wrong or missing or extra:
         what = wrong or missing or extra
         raise AcmizeError(
-            f"{path}: does not fit plan.json ({len(wrong)} shapes, {len(missing)} missing, {len(extra)} extra: {what[0]})"
+            f"{path}: does not fit plan.json ({len(wrong)} shapes, {len(missing)} missing, {len(extra)} extra; "
+            f"first: {what[0]}); restore the file or convert again"
         )
-    with torch.no_grad():
-        model.load_state_dict(tensors)
+
+
+def load_state(model: nn.Module, path: Path) -> None:
+    """Put tensors back whose names and shapes have been compared."""
+    tensors = load_tensors(path)
+    floats = {k for k, v in model.state_dict().items() if v.is_floating_point()}
+    strange = [k for k, v in tensors.items() if k in floats and not v.is_floating_point()]
+    if strange:
+        raise AcmizeError(f"{path}: {strange[0]} holds {tensors[strange[0]].dtype}, expected floats; restore the file")
+    model.load_state_dict(tensors)
+
+
+def _checked_base(d: Any) -> dict[str, Any]:
+    """The base of a config.json; nothing in it may say where weights come from, since it could name a pickle."""
+    base = dict(d)
+    if not isinstance(base["architecture"], str) or not isinstance(base["library"], str):
+        raise TypeError("config.json: architecture and library must be text")
+    if not isinstance(base["kwargs"], dict) or not isinstance(base["pretrained_cfg"], dict):
+        raise TypeError("config.json: kwargs and pretrained_cfg must be objects")
+    foreign = sorted({*SOURCES, "file", "url", "hf_hub_id", "custom_load"} & {*base["kwargs"], *base["pretrained_cfg"]})
+    if foreign:
+        raise ValueError(f"config.json: {foreign[0]} is not allowed there")
+    return base
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    found = read_json(path) if path.exists() else {}
+    if not isinstance(found, dict):
+        raise AcmizeError(f"{path}: found {type(found).__name__}, expected an object; restore or remove the file")
+    return found
 
 
 __all__ = ["Adaptive", "base_of", "build_base", "from_pretrained", "make_adaptive", "push_to_hub", "save_pretrained"]

@@ -1,4 +1,4 @@
-"""From what a user names to a model: a timm name, a folder of safetensors weights, or this package's own model."""
+"""From what a user names to a model: a timm name, a folder as timm saves it, or this package's own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from acmize.checkpoint import read_json
 from acmize.errors import AcmizeError
 
 
@@ -14,7 +15,8 @@ def load_model(name: str, weights: str | Path | None = None, **kwargs: Any) -> n
     """A pretrained timm model in eval mode.
 
     Args:
-        name: timm architecture, with or without tag, or "acmize_vit_digits".
+        name: timm architecture, with or without tag, "acmize_vit_digits", or a folder with timm's `config.json` and
+            `model.safetensors`.
         weights: safetensors file with the weights; without it they come from the Hub (or its cache).
         kwargs: further arguments of `timm.create_model`, such as `img_size`.
 
@@ -23,38 +25,75 @@ def load_model(name: str, weights: str | Path | None = None, **kwargs: Any) -> n
     """
     import timm
 
-    _known(name)
     overlay: dict[str, Any] = {}
+    if Path(name).is_dir():
+        folder, (name, built, overlay) = Path(name), _folder(Path(name))
+        kwargs, weights = {**built, **kwargs}, weights or folder / "model.safetensors"
+    _known(name)
     if weights is not None:
+        if "num_classes" in kwargs:  # timm would drop a head that is not of the published size, without a word
+            overlay["num_classes"] = kwargs["num_classes"]
         path = Path(weights)
         if path.suffix != ".safetensors":
             raise AcmizeError(
                 f"--weights {path}: expected a .safetensors file; pickled weights are never read, convert them"
             )
         if not path.is_file():
-            raise AcmizeError(f"--weights {path}: no such file")
+            raise AcmizeError(f"--weights {path}: no such file; give a .safetensors file with the weights of {name}")
         overlay["file"] = str(path)
     try:
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay or None, **kwargs).eval()
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         if weights is not None:
-            raise AcmizeError(f"--weights {weights}: does not fit {name} or is damaged ({first})") from None
+            raise AcmizeError(
+                f"--weights {weights}: does not fit {name} or is damaged ({first}); give the weights of {name}"
+            ) from None
         raise AcmizeError(
             f"model {name}: its weights could not be had from the Hub ({first}); give --weights FILE.safetensors"
         ) from None
 
 
 def architecture(name: str) -> nn.Module:
-    """The timm model of this name with random weights, which is all that a plan needs.
+    """The timm model of this name or folder with random weights, which is all that a plan needs.
 
     Raises:
         AcmizeError: an unknown name.
     """
     import timm
 
+    built: dict[str, Any] = {}
+    overlay: dict[str, Any] = {}
+    if Path(name).is_dir():
+        name, built, overlay = _folder(Path(name))
     _known(name)
-    return timm.create_model(name, pretrained=False).eval()
+    return timm.create_model(name, pretrained=False, pretrained_cfg_overlay=overlay or None, **built).eval()
+
+
+def _folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Architecture, arguments and preprocessing from the `config.json` of a folder written by timm."""
+    if not (folder / "config.json").is_file():
+        raise AcmizeError(f"model {folder}: found no config.json, expected a folder as timm saves it, or a timm name")
+    config = read_json(folder / "config.json")
+    name = config.get("architecture") if isinstance(config, dict) else None
+    if not isinstance(name, str):
+        raise AcmizeError(f"{folder}/config.json: found no architecture of timm; give a timm name and --weights FILE")
+    args, cfg = config.get("model_args") or {}, config.get("pretrained_cfg") or {}
+    if not isinstance(args, dict) or not isinstance(cfg, dict):
+        raise AcmizeError(f"{folder}/config.json: model_args or pretrained_cfg is damaged; restore the file")
+    args = {k: v for k, v in args.items() if k not in SOURCES}
+    if "num_classes" in config:
+        args.setdefault("num_classes", config["num_classes"])
+    cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items() if k in KEPT}
+    return name, args, cfg
+
+
+# What says where weights come from: never taken from a file, since it could name a pickle or another host.
+SOURCES = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "scriptable")
+KEPT = (
+    "input_size", "fixed_input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "num_classes", "tag",
+    "license", "first_conv", "classifier",
+)  # fmt: skip
 
 
 def _known(name: str) -> None:

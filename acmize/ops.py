@@ -98,7 +98,7 @@ def expand_sorted(
     x_MD: Tensor, weight: Tensor, bias: Tensor | None, order: Order, bounds: Sequence[int], heads: int
 ) -> Tensor:
     """Expand in sorted order: x of sorted tokens -> (M, H * U) in the original order, zero beyond each width."""
-    x = x_MD[order.index]
+    x = x_MD.index_select(0, order.index)
     out = x.new_zeros(len(x), weight.shape[0])
     h = x.new_zeros(len(x), heads, weight.shape[0] // heads)
     w = weight.unflatten(0, (heads, -1))
@@ -114,11 +114,11 @@ def contract_sorted(
 ) -> Tensor:
     """Contract in sorted order: h (M, H * U) -> (M, O) in the original order."""
     index = order.index
-    y = table[choice_M[index]]
+    y = table.index_select(0, choice_M.index_select(0, index))
     w = weight.unflatten(1, (heads, -1))
-    h = h_MU.unflatten(-1, (heads, -1))
+    h = h_MU.index_select(0, index).unflatten(-1, (heads, -1))
     for count, lo, hi in _runs(order, bounds):
-        part = h[:, :, lo:hi][index[:count]].flatten(1)
+        part = h[:count, :, lo:hi].flatten(1)
         y[:count].addmm_(part, w[:, :, lo:hi].flatten(1).T)
     return torch.empty_like(y).index_copy_(0, index, y)
 
@@ -145,8 +145,8 @@ def mlp_sorted(
         order: from `sort_tokens`.
         bounds: cumulative widths.
     """
-    x = x_MD[order.index]
-    y = table[choice_M[order.index]]
+    x = x_MD.index_select(0, order.index)
+    y = table.index_select(0, choice_M.index_select(0, order.index))
     for count, lo, hi in _runs(order, bounds):
         hidden = act(*(F.linear(x[:count], w[lo:hi], None if b is None else b[lo:hi]) for w, b in ups))
         y[:count].addmm_(hidden, down[:, lo:hi].T)

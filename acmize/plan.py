@@ -272,7 +272,7 @@ class Plan:
         Raises:
             AcmizeError: another schema, or fields that are missing, unknown or of a wrong type.
         """
-        if not isinstance(d, dict) or d.get("schema") != SCHEMA:
+        if not isinstance(d, dict) or type(d.get("schema")) is not int or d["schema"] != SCHEMA:
             found = d.get("schema") if isinstance(d, dict) else type(d).__name__
             raise AcmizeError(f"plan: found schema {found!r}, expected {SCHEMA}; convert again with this version")
         try:

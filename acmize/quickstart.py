@@ -38,7 +38,7 @@ def run(output: Path) -> dict[str, Any]:
             "batch_size": 64,
             "acm": {"gate_hidden": 8},
             "distill": {"epochs": 1},
-            "train": {"epochs": 8, "lr": 3e-4, "crop_scale": (0.8, 1.0)},
+            "train": {"epochs": 8, "lr": 3e-4, "crop_scale": (0.8, 1.0), "hflip": 0.0},
         }
     )
     model = convert(dense, data=digits_dataset(), recipe=recipe, base=base_of(dense))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import types
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,9 @@ class DistillOptions:
     epochs: int = 2
     lr: float = 2e-4
     tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        _in_range(self, tokens=self.tokens >= 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +53,21 @@ class GateOptions:
     lr: float | None = None
     budgets: tuple[float, float] = (0.45, 0.9)
 
+    def __post_init__(self) -> None:
+        _in_range(
+            self, tau=self.tau > 1, rounds=self.rounds >= 1, images=self.images >= 1, draws=self.draws >= 1,
+            keep_tokens=0 < self.keep_tokens <= 1, steps=self.steps >= 1, lr=self.lr is None or self.lr > 0,
+            budgets=0 < self.budgets[0] <= self.budgets[1] <= 1,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """Phase 3: epochs, AdamW at `lr`, and the augmentation of timm.data."""
+    """Phase 3: epochs, AdamW at `lr`, and the augmentation of timm.data.
+
+    `crop_scale`, `randaugment` and `hflip` (probability; 0 where left and right differ, as with digits) serve phase 1
+    too.
+    """
 
     epochs: int = 12
     lr: float = 1e-4
@@ -63,6 +79,14 @@ class TrainOptions:
     cutmix: float = 0.0
     randaugment: str | None = None
     crop_scale: tuple[float, float] = (0.35, 1.0)
+    hflip: float = 0.5
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        _in_range(
+            self, mixup=self.mixup >= 0, cutmix=self.cutmix >= 0, hflip=0 <= self.hflip <= 1,
+            crop_scale=0 < low <= high <= 1, weight_decay=self.weight_decay >= 0,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +147,14 @@ class Recipe:
             raise AcmizeError(
                 f"gate labels {self.gates.labels!r} need gate={needed!r}, found {self.acm.gate!r}; set both or neither"
             )
+        _in_range(
+            self, budget=0 < self.budget <= 1, budgets=all(0 < b <= 1 for b in self.budgets),
+            limit=self.limit is None or self.limit >= 1, batch_size=self.batch_size >= 1, moments=self.moments >= 1,
+            seed=self.seed >= 0,
+        )  # fmt: skip
+        for phase in (self.distill, self.train):  # what the loop would refuse an hour from now
+            rest = {k: getattr(phase, k) for k in ("warmup", "ema_decay", "accumulate") if hasattr(phase, k)}
+            self.loop(epochs=phase.epochs, lr=phase.lr, **rest)
 
     def loop(self, *, epochs: int, lr: float, **rest: Any) -> FitConfig:
         """Config of the training loop for a phase of this recipe."""
@@ -168,13 +200,23 @@ def resolve(*layers: dict[str, Any], preset_name: str = "default") -> Recipe:
     for layer in (preset(preset_name), *layers):
         _merge(merged, layer)
     if merged.pop("one_budget", False):
-        budget = merged.get("budget", Recipe.budget)
+        budget = merged.setdefault("budget", Recipe.budget)
         merged.setdefault("losses", {}).setdefault("budgets", (budget, budget))
         merged.setdefault("budgets", (budget,))
+    if isinstance(merged.get("phases"), str):
+        merged["phases"] = named_phases(merged["phases"])
     gates, acm = merged.setdefault("gates", {}), merged.setdefault("acm", {})
+    if not isinstance(gates, dict) or not isinstance(acm, dict):
+        raise AcmizeError("gates, acm: expected options such as `acm: {num_learners: 4}`")
     if "labels" in gates and "gate" not in acm:  # one option decides both
         acm["gate"] = "classification" if gates["labels"] == "threshold" else "damage"
     return Recipe.from_dict(merged)
+
+
+def named_phases(text: str) -> tuple[str, ...]:
+    """The names of phases from "all", "none" or a comma list."""
+    text = {"all": ",".join(PHASES), "none": ""}.get(text.strip(), text)
+    return tuple(p.strip() for p in text.split(",") if p.strip())
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -215,17 +257,44 @@ _NESTED: dict[str, type] = {
 
 def _build(cls: type, d: dict[str, Any], where: str) -> Any:
     known = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(set(d) - known)
+    unknown = sorted(map(str, set(d) - known))
     if unknown:
         raise AcmizeError(f"{where}: unknown option {unknown[0]!r}, expected one of {', '.join(sorted(known))}")
-    values = {}
+    values, hints = {}, typing.get_type_hints(cls)
     for key, value in d.items():
         if cls is Recipe and key in _NESTED and isinstance(value, dict):
             value = _build(_NESTED[key], value, key)
         values[key] = tuple(value) if isinstance(value, list) else value
+        if not _fits(values[key], hints[key]):
+            wanted = getattr(hints[key], "__name__", None) if isinstance(hints[key], type) else None
+            raise AcmizeError(f"{where}: {key}: found {value!r}, expected {wanted or hints[key]}")
     try:
         return cls(**values)
     except AcmizeError:
         raise
     except (TypeError, ValueError) as error:
         raise AcmizeError(f"{where}: {error}") from None
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from YAML can stand where `hint` is declared; whole numbers may stand for floats."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, a) for a in args)
+    if origin is typing.Literal:
+        return isinstance(value, str)  # which one is checked by the class itself, with a better message
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        each = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        return len(value) == len(each) and all(_fits(v, a) for v, a in zip(value, each, strict=True))
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return hint is Any or isinstance(value, hint)
+
+
+def _in_range(options: Any, **fine: bool) -> None:
+    for name, is_fine in fine.items():
+        if not is_fine:
+            found = getattr(options, name)
+            raise ValueError(f"{name}: found {found!r}, which is out of range; see {type(options).__name__}")

@@ -7,25 +7,23 @@ import logging
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import acmize
 from acmize.api import Images, convert
 from acmize.checkpoint import read_json, write_json
 from acmize.controls import gates_share, static_width
 from acmize.evaluate import evaluate_at, reference
 from acmize.hub import base_of, from_pretrained
 from acmize.models import load_model
-from acmize.phases.calibrate import set_budget
 from acmize.plan import Plan
 from acmize.quickstart_model import digits_dataset
-from acmize.recipe import Recipe, resolve
+from acmize.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE: dict[str, Any] = {
@@ -69,7 +67,7 @@ def assets() -> Path:
     """The folder with real weights and data: ACMIZE_ASSETS, or shared/assets beside the repository."""
     path = Path(os.environ.get("ACMIZE_ASSETS") or ROOT.parent / "shared" / "assets")
     if not path.is_dir():
-        raise SystemExit("weights and data: set ACMIZE_ASSETS to the folder that holds models/ and data/, or use --smoke")
+        raise SystemExit("set ACMIZE_ASSETS to the folder that holds models/ and data/, or use --smoke")
     return path
 
 
@@ -194,12 +192,6 @@ def converted(folder: Path, dense: nn.Module, data: Any, recipe: Recipe, kwargs:
     return made
 
 
-def at(model: Any, budget: float) -> Any:
-    """The adaptive model, set to a budget."""
-    set_budget(model, model.plan, model.calibration, budget)
-    return model
-
-
 def percent(value: float | None) -> str:
     """A share as per cent with one decimal."""
     return "-" if value is None else f"{100 * value:.1f}"
@@ -220,11 +212,3 @@ def columns(first: str = "method") -> dict[str, Callable[[str, Row], str]]:
 def dense_row(bench: Bench) -> Row:
     """The dense model's own row."""
     return {"macs_ratio": 1.0, "accuracy": bench.dense.accuracy, "agreement": 1.0, "kl": 0.0}
-
-
-def limited(batches: Iterable[Tensor]) -> list[Tensor]:
-    """Batches, held."""
-    return list(batches)
-
-
-__all__ = ["SMOKE", "Bench", "Rows", "acmize", "resolve"]

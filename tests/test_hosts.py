@@ -72,8 +72,8 @@ def unaccounted(model: nn.Module, plan: Plan) -> list[str]:
     """Linear layers that are neither in an entry's roles nor under a refusal."""
     named = {path for e in plan.entries for path in (e.target, *e.roles.values())}
     refused = [part.strip() for r in plan.refused for part in r.fqn.split(",")]
-    # "blocks.0.attn.q" stands for the q rows of blocks.0.attn.qkv
-    under = lambda path: any(path == r or path.startswith(r + ".") for r in refused)  # noqa: E731
+    # a refusal may name a module around the layer, or a part of it (blocks.0.attn.qkv.q)
+    under = lambda path: any(path == r or path.startswith(r + ".") or r.startswith(path + ".") for r in refused)  # noqa: E731
     return [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and p not in named and not under(p)]
 
 

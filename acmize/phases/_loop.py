@@ -175,6 +175,32 @@ def fit(
             load_training_state(folder, model=model, optimizer=raw, ema=ema)
         return AcmizeError(f"{name}: step {step}: found {found}; {remedy}")
 
+    def optimize(stream: Iterator[Any], size: int) -> dict[str, Any]:
+        """One optimizer step over the next `size` batches; returns the mean of each term."""
+        accelerator.gradient_accumulation_steps, accelerator.step = size, 0
+        for group, peak in zip(raw.param_groups, peaks, strict=True):
+            group["lr"] = learning_rate(step, steps, config, peak)
+        sums: dict[str, Any] = {}
+        for number in range(batch, batch + size):
+            inputs = next(stream, stream)
+            if inputs is stream:
+                few = f"{number % steps_per_epoch} batches in epoch {number // steps_per_epoch}"
+                raise stop(f"{few}, expected {steps_per_epoch}", "mend batches or steps_per_epoch")
+            with accelerator.accumulate(model):
+                with accelerator.autocast():
+                    terms = loss(send_to_device(inputs, trained[0].device), number)
+                if not terms["loss"].isfinite():
+                    raise stop(f"loss {terms['loss'].item()}, expected a finite one", CALMER)
+                accelerator.backward(terms["loss"])
+                if accelerator.sync_gradients:  # an infinite limit only measures
+                    norm = float(accelerator.clip_grad_norm_(trained, config.clip_norm or math.inf))
+                    if not scaler and not math.isfinite(norm):  # the scaler skips such a step
+                        raise stop(f"gradient norm {norm}, expected a finite one", CALMER)
+                optimizer.step()
+                optimizer.zero_grad()
+            sums = {k: sums.get(k, 0) + term.detach() / size for k, term in terms.items()}
+        return sums
+
     try:
         if resume and folder is not None and recover_dir(folder):
             state = load_training_state(folder, model=model, optimizer=raw, ema=ema)
@@ -192,38 +218,19 @@ def fit(
         with _progress(name, steps, step) as show:
             for epoch in range(batch // steps_per_epoch, config.epochs):
                 set_seed(zlib.crc32(f"{config.seed} {name} {epoch}".encode()))
-                stream = islice(batches(epoch), batch - epoch * steps_per_epoch, None)
+                stream = iter(batches(epoch))
+                for _ in islice(stream, batch - epoch * steps_per_epoch):
+                    pass
+                if resumed_rng is not None and batch % steps_per_epoch:  # as it stood after those batches
+                    set_rng_state(resumed_rng)
+                resumed_rng = None
                 while batch < (epoch + 1) * steps_per_epoch:
                     size = min(config.accumulate, (epoch + 1) * steps_per_epoch - batch)
-                    accelerator.gradient_accumulation_steps, accelerator.step = size, 0
-                    for group, peak in zip(raw.param_groups, peaks, strict=True):
-                        group["lr"] = learning_rate(step, steps, config, peak)
-                    sums: dict[str, Any] = {}
-                    for number in range(batch, batch + size):
-                        try:
-                            inputs = send_to_device(next(stream), trained[0].device)
-                        except StopIteration:
-                            short = f"{number - epoch * steps_per_epoch} batches in epoch {epoch}"
-                            raise stop(f"{short}, expected {steps_per_epoch}", "mend batches") from None
-                        if resumed_rng is not None:  # skipping drew what the unbroken run drew, and here it stood
-                            set_rng_state(resumed_rng)
-                            resumed_rng = None
-                        with accelerator.accumulate(model):
-                            with accelerator.autocast():
-                                terms = loss(inputs, number)
-                            if not terms["loss"].isfinite():
-                                raise stop(f"loss {float(terms['loss'])}, expected a finite one", CALMER)
-                            accelerator.backward(terms["loss"])
-                            if accelerator.sync_gradients:  # an infinite limit only measures
-                                norm = float(accelerator.clip_grad_norm_(trained, config.clip_norm or math.inf))
-                                if not scaler and not math.isfinite(norm):  # the scaler skips such a step
-                                    raise stop(f"gradient norm {norm}, expected a finite one", CALMER)
-                            optimizer.step()
-                            optimizer.zero_grad()
-                        sums = {k: sums.get(k, 0) + term.detach() / size for k, term in terms.items()}
+                    sums = optimize(stream, size)
                     if ema is not None:  # a young average forgets faster, else short runs end near their start
                         decay = min(config.ema_decay or 0, (1 + step) / (10 + step))
-                        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in trained], 1 - decay)
+                        for average, parameter in zip(ema.values(), trained, strict=True):
+                            average.lerp_(parameter.detach(), 1 - decay)
                     step, batch = step + 1, batch + size
                     if step % config.log_every == 0 or step == steps:
                         values = {k: float(v) for k, v in sums.items() if math.isfinite(v)}
@@ -259,12 +266,12 @@ def _accelerator(name: str, config: FitConfig, device: torch.device, folder: Pat
         # accelerate keeps the precision and device of the first Accelerator for the whole process and knows no
         # public way to change them; phases may differ in both.
         AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        accelerator: Any = Accelerator(
-            mixed_precision=precision, cpu=cpu, log_with=list(config.trackers), project_dir=str(folder or ".")
-        )
-    except ValueError as error:
-        raise AcmizeError(f"{name}: {error}; use mixed_precision='no' or 'bf16'") from error
+    if cpu and precision == "fp16":  # accelerate would train in float32 and say nothing
+        raise AcmizeError(f"{name}: found a model on the CPU, expected a GPU for fp16; use mixed_precision='bf16'")
+    trackers: Any = list(config.trackers) or None
+    accelerator: Any = Accelerator(
+        mixed_precision=precision, cpu=cpu, log_with=trackers, project_dir=str(folder or ".")
+    )
     if accelerator.num_processes > 1:
         found = f"found {accelerator.num_processes} processes, expected one"
         raise AcmizeError(f"{name}: {found}: losses see the bare model; run without a launcher")

@@ -67,7 +67,7 @@ def finetune(
     steps_per_epoch: int,
     losses: FinetuneConfig,
     config: FitConfig,
-    mix: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None,
+    mix: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]] | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
     watch: Callable[[int, dict[str, float]], None] | None = None,
@@ -139,7 +139,9 @@ def features_and_logits(model: nn.Module, inputs: Tensor) -> tuple[Tensor | None
     return None, logits_of(model(inputs))
 
 
-def _task(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+def _task(logits: Tensor, labels: Tensor | None, smoothing: float) -> Tensor:
+    if labels is None:  # mixed images whose labels are unknown
+        return logits.new_zeros(())
     if labels.dtype.is_floating_point:
         return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
     if (labels < 0).all():

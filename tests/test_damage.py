@@ -1,0 +1,173 @@
+"""Damage: first order, label-free, the same as its definition written out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import Mine, adapted, half_width, images, inputs_for, vit
+from torch import Tensor
+
+from acmize.damage import collect_damage
+from acmize.gates import Gate, choosing, full_width, gates_of
+
+
+def collect(model: Any, dense: Any, x: Tensor, **kwargs: Any) -> dict[Gate, Any]:
+    options: dict[str, Any] = {"choose": full_width, "generator": torch.Generator().manual_seed(0), "draws": 1}
+    return collect_damage(model, dense, [x], **{**options, "keep_tokens": 1.0, **kwargs})
+
+
+def drawn_class(dense: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        p = dense(x).softmax(-1)
+    return torch.multinomial(p, 1, replacement=True, generator=torch.Generator().manual_seed(0))[:, 0]
+
+
+def rows_in_order(data: Any, x: Tensor) -> Tensor:
+    """Damages (M, G, N) in the order of the tokens x (M, D): tokens are kept in a drawn order."""
+    match = torch.cdist(x.double(), data.x.double()).argmin(1)
+    assert len(set(match.tolist())) == len(x)
+    return data.damage[match]
+
+
+def test_damage_of_an_mlp_is_its_definition() -> None:
+    """E[(sum_{u >= r} g_u (z_u - mu_u))^2] at the hidden units, with g from autograd of the dense computation."""
+    dense: Any = vit()
+    model: Any = adapted(dense)[0]
+    x = images(3, seed=4)
+    mlp = model.blocks[1].mlp
+    seen: dict[str, Tensor] = {}
+
+    def catch(_m: Any, inputs: Any, _o: Any) -> None:
+        seen["x"] = inputs[0].detach()
+
+    handle = mlp.register_forward_hook(catch)
+    data = collect(model, dense, x)[mlp.gate]
+    handle.remove()
+
+    z = mlp.hidden(seen["x"]).detach().requires_grad_()
+    full = torch.full((*z.shape[:-1], 1), 4)
+    from acmize.gates import Decision
+
+    handle = mlp.register_forward_hook(lambda _m, _i, _o: mlp.fc2.masked(z, Decision(full[..., 0])))
+    with choosing(model, full_width):
+        loss = F.cross_entropy(model(x), drawn_class(dense, x), reduction="sum")
+    handle.remove()
+    g = torch.autograd.grad(loss, z)[0]
+    # mu enters through the biases: s_n = W_n z_n + beta_n, beta_n = -W_n mu_n; recover mu by the dense model's mean
+    w, beta = mlp.fc2.weight, mlp.fc2.learner_bias
+    upstream = torch.autograd.grad(
+        F.cross_entropy(run_with_output(model, mlp, y := mlp(seen["x"]).detach().requires_grad_(), x), drawn_class(dense, x), reduction="sum"), y
+    )[0]
+    per_learner = []
+    for n, (a, b) in enumerate(zip(mlp.fc2.bounds, mlp.fc2.bounds[1:], strict=False)):
+        torch.testing.assert_close(g[..., a:b], upstream @ w[:, a:b], rtol=1e-3, atol=1e-5)
+        per_learner.append((g[..., a:b] * z[..., a:b]).sum(-1) + upstream @ beta[n])
+    change = torch.stack(per_learner, -1).flatten(0, 1)
+    expected = change.flip(-1).cumsum(-1).flip(-1).square()
+    found = rows_in_order(data, seen["x"].flatten(0, 1))[:, 0]
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-3, atol=1e-6)
+
+
+def run_with_output(model: Any, module: Any, y: Tensor, x: Tensor) -> Tensor:
+    handle = module.register_forward_hook(lambda _m, _i, _o: y)
+    try:
+        with choosing(model, full_width):
+            return model(x)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_damage_of_a_projection_is_its_definition(part: str) -> None:
+    """The same at a head's rotated dimensions, where mu is zero."""
+    dense: Any = vit()
+    model: Any = adapted(dense)[0]
+    x = images(3, seed=4)
+    qkv, g = model.blocks[0].attn.qkv, "qkv".index(part)
+    seen: dict[str, Tensor] = {}
+
+    def catch(_m: Any, inputs: Any, output: Tensor) -> Tensor:
+        seen["x"], seen["z"] = inputs[0].detach(), output.detach().requires_grad_()
+        return seen["z"]
+
+    handle = qkv.register_forward_hook(catch)
+    with choosing(model, full_width):
+        loss = F.cross_entropy(model(x), drawn_class(dense, x), reduction="sum")
+    handle.remove()
+    grad = torch.autograd.grad(loss, seen["z"])[0]
+    change = (grad * seen["z"]).chunk(3, -1)[g].unflatten(-1, (2, 4, 4)).sum((-1, -3)).flatten(0, 1)
+    expected = change.flip(-1).cumsum(-1).flip(-1).square()
+    found = rows_in_order(collect(model, dense, x)[qkv.gate], seen["x"].flatten(0, 1))[:, g]
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-3, atol=1e-7)
+
+
+def test_small_cuts_change_the_loss_as_predicted() -> None:
+    """First order: with all learners scaled a little, the loss moves by the gradient that damage squares."""
+    dense = Mine().eval()
+    targets = ["blocks.*.attn:attention(q,k,v,out,heads=2)", "blocks.*:mlp(fc1,fc2)"]
+    model, _ = adapted(dense, target_modules=targets)
+    x = inputs_for(dense, 1)
+    data = collect(model, dense, x)
+    label = drawn_class(dense, x)
+    gates = gates_of(model)
+    from acmize.gates import Decision
+
+    for gate in gates:
+        tokens = len(data[gate].x)
+        assert data[gate].damage.shape == (tokens, gate.groups, 4)
+        eps, losses = 1e-2, []
+        for sign in (1, -1):
+            scale = torch.ones(1, tokens, gate.groups, 4)
+            scale[0, 3, 0, 2:] += sign * eps  # token 3, learners 2 and 3
+            gate.forward = lambda h, gate=gate, scale=scale: Decision(full_width(gate, h), scale)
+            with torch.no_grad(), choosing(model, full_width):
+                losses.append(F.cross_entropy(model(x).double(), label).item())
+            del gate.forward
+        slope = (losses[0] - losses[1]) / (2 * eps)
+        # the kept rows are in a drawn order: the predicted damage of that token is among them
+        assert (data[gate].damage[:, 0, 2].sqrt() - abs(slope)).abs().min() < 2e-3 * max(1.0, abs(slope))
+
+
+def test_it_needs_no_labels_and_leaves_the_models_alone() -> None:
+    dense: Any = vit()
+    model: Any = adapted(dense)[0]
+    model.train()
+    model.blocks[0].requires_grad_(False)
+    needs = [p.requires_grad for p in model.parameters()]
+    data = collect(model, dense, images(4), keep_tokens=0.5, draws=3)
+    assert [p.requires_grad for p in model.parameters()] == needs
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert all(g.choose is None and not g.probe for g in gates_of(model))
+    assert set(data) == set(gates_of(model))
+    for gate, rows in data.items():
+        count = round(0.5 * 4 * 17)
+        assert rows.x.shape == (count, 32)
+        assert rows.damage.shape == (count, gate.groups, 4)
+        assert (rows.damage >= 0).all()
+        assert not rows.damage.requires_grad
+
+
+def test_flags_come_back_after_an_error() -> None:
+    dense: Any = vit()
+    model: Any = adapted(dense)[0]
+    model.train()
+    with pytest.raises(RuntimeError):
+        collect(model, dense, torch.zeros(2, 3, 5))
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_same_seed_same_damage_and_gates_on() -> None:
+    dense: Any = vit()
+    model: Any = adapted(dense)[0]
+    first, again = (collect(model, dense, images(4), draws=2) for _ in range(2))
+    for gate in first:
+        assert torch.equal(first[gate].damage, again[gate].damage)
+    with choosing(model, half_width):
+        cut = collect(model, dense, images(4), choose=None)  # errors come from earlier layers too
+    last = gates_of(model)[-1]
+    assert not torch.equal(cut[last].x, first[last].x)

@@ -1,0 +1,170 @@
+"""A conversion that is killed in any phase goes on with --resume and ends with the same weights and numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from short import converted, same_state, timeless
+
+from acmize.errors import AcmizeError
+from acmize.phases import _loop
+
+OPTIONS = {"train": {"epochs": 2}, "distill": {"epochs": 2}, "gates": {"rounds": 2}}
+
+
+class Killed(BaseException):
+    """Stands for a kill: no handler for errors catches it."""
+
+
+@pytest.fixture(scope="module")
+def unbroken() -> Any:
+    return converted(OPTIONS)
+
+
+def kill(monkeypatch: pytest.MonkeyPatch, phase: str, after: int) -> None:
+    """Let the `after`-th checkpoint of a phase be written, then stop at the next one; a checkpoint every step."""
+    save, seen, configs = _loop.save_training_state, [], _loop.FitConfig.__init__
+
+    def counting(folder: Path, **state: Any) -> None:
+        if Path(folder).name == phase:
+            seen.append(folder)
+            if len(seen) > after:
+                raise Killed
+        save(folder, **state)
+
+    def often(self: Any, **options: Any) -> None:
+        configs(self, **{**options, "checkpoint_every": 1})
+
+    monkeypatch.setattr(_loop, "save_training_state", counting)
+    monkeypatch.setattr(_loop.FitConfig, "__init__", often)
+
+
+@pytest.mark.parametrize(
+    ("phase", "after"),
+    [("distill", 0), ("distill", 2), ("distill", 4), ("gates-1", 5), ("gates-2", 7), ("finetune", 1), ("finetune", 4)],
+)
+def test_killed_within_a_phase(
+    unbroken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, after: int
+) -> None:
+    work = tmp_path / "work"
+    with monkeypatch.context() as patch:
+        kill(patch, phase, after)
+        with pytest.raises(Killed):
+            converted(OPTIONS, work=work)
+    assert work.is_dir()
+    made = converted(OPTIONS, work=work, resume=True)
+    assert same_state(made, unbroken)
+    assert timeless(made.results) == timeless(unbroken.results)
+    assert made.calibration == unbroken.calibration
+    assert set(made.recipe["seconds"]) == {"init", "distill", "gates", "finetune"}
+    assert not work.exists()
+
+
+def test_killed_between_phases(unbroken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_args: Any, **_options: Any) -> None:
+        raise Killed
+
+    for name in ("_gates", "_finetune", "_evaluate"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"acmize.api._Conversion.{name}", killed)
+            with pytest.raises(Killed):
+                converted(OPTIONS, work=tmp_path / "work", resume=True)
+    made = converted(OPTIONS, work=tmp_path / "work", resume=True)
+    assert same_state(made, unbroken)
+    assert timeless(made.results) == timeless(unbroken.results)
+
+
+def test_what_phases_found_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_args: Any, **_options: Any) -> None:
+        raise Killed
+
+    low = {"max_error": 1e-9, "phases": ["distill"]}
+    whole = converted(low)
+    assert [f for f in whole.results["findings"] if f["kind"] == "distillation"]
+    with monkeypatch.context() as patch:
+        patch.setattr("acmize.api._Conversion._evaluate", killed)
+        with pytest.raises(Killed):
+            converted(low, work=tmp_path / "work")
+    made = converted(low, work=tmp_path / "work", resume=True)
+    assert made.results["findings"] == whole.results["findings"]
+
+
+def test_other_options_model_or_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from acmize.api import convert
+    from acmize.models import load_model
+    from acmize.quickstart_model import digits_dataset
+
+    def killed(*_args: Any, **_options: Any) -> None:
+        raise Killed
+
+    work = tmp_path / "work"
+    with monkeypatch.context() as patch:
+        patch.setattr("acmize.api._Conversion._evaluate", killed)
+        with pytest.raises(Killed):
+            converted({"phases": []}, work=work)
+    before = {p.name: p.read_bytes() for p in work.rglob("*") if p.is_file()}
+    with pytest.raises(AcmizeError, match=r"other recipe .*leave --resume out"):
+        converted({"phases": [], "seed": 1}, work=work, resume=True)
+    with pytest.raises(AcmizeError, match=r"other (recipe and )?plan"):
+        converted({"phases": [], "exclude": ["blocks.0.*"]}, work=work, resume=True)
+    other = load_model("acmize_vit_digits")
+    with torch.no_grad():
+        other.head.bias.add_(1)
+    from short import recipe
+
+    with pytest.raises(AcmizeError, match="other weights"):
+        convert(other, data=digits_dataset(), recipe=recipe({"phases": []}), work=work, resume=True)
+    assert {p.name: p.read_bytes() for p in work.rglob("*") if p.is_file()} == before
+    (work / "init.safetensors").write_bytes(b"damaged")
+    with pytest.raises(AcmizeError, match=r"init\.safetensors"):
+        converted({"phases": []}, work=work, resume=True)
+    converted({"phases": [], "seed": 1}, work=work)  # without resume it starts anew
+    assert not work.exists()
+
+
+def test_killed_by_the_system(tmp_path: Path) -> None:
+    """SIGKILL of the command itself in the middle of distill; --resume ends as an unbroken run does."""
+    from short import config_file
+
+    config = config_file(tmp_path / "recipe.yaml", OPTIONS)
+    script = (
+        "import os, signal, sys, acmize.cli\n"
+        "from acmize.phases import _loop\n"
+        "save = _loop.save_training_state\n"
+        "def kill(folder, **state):\n"
+        "    save(folder, **state)\n"
+        "    if os.environ.get('KILL'): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "_loop.save_training_state = kill\n"
+        "acmize.cli.main()\n"
+    )
+    from short import image_folder
+
+    data = image_folder(tmp_path / "data", {"train": 64, "test": 24})
+    words = ["convert", "acmize_vit_digits", "--data", str(data), "--config", str(config), "--json"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+    env["HF_HOME"] = str(tmp_path / "hf")
+
+    def run(out: str, *more: str, **extra: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", script, *words, "-o", str(tmp_path / out), *more],
+            capture_output=True, text=True, env={**env, **extra}, timeout=300,
+        )  # fmt: skip
+
+    assert run("a", KILL="1").returncode == -signal.SIGKILL
+    assert (tmp_path / "a.work").is_dir()
+    assert not (tmp_path / "a").exists()
+    resumed, whole = run("a", "--resume"), run("b")
+    assert resumed.returncode in (0, 1), resumed.stderr
+    assert timeless(json.loads(resumed.stdout)) == timeless(json.loads(whole.stdout))
+    assert "resumed" in resumed.stderr
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "data", "hf", "recipe.yaml"]
