@@ -9,10 +9,12 @@ ends with the same numbers; each stage draws from generators of its own.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ from acmize.phases.calibrate import Calibration, calibrate, set_budget
 from acmize.phases.distill import distill
 from acmize.phases.finetune import drawn_budget, finetune
 from acmize.phases.pretrain_gates import collect_errors, fit_classification_gates, fit_damage_gates
-from acmize.plan import Plan
+from acmize.plan import Plan, Refusal
 from acmize.recipe import Recipe, resolve
 
 log = logging.getLogger("acmize")
@@ -50,7 +52,7 @@ class Images:
     def __init__(self, data: Any, model: nn.Module, recipe: Recipe) -> None:
         splits = open_images(data, limit=recipe.limit, seed=recipe.seed)
         self.name = splits.name
-        _check_classes(splits, model)
+        splits = _checked(splits, model)
         if splits.train is None:
             raise AcmizeError(f"data {splits.name}: found no train split, expected one to fit on; add train/")
         fit, held = split_holdout(splits.train, recipe.holdout, recipe.seed)
@@ -240,6 +242,8 @@ class _Conversion:
         done = None if self.work is None else self.work / f"{name}.safetensors"
         told = None if done is None else done.with_suffix(".json")
         if done is not None and told is not None and done.exists():
+            if name == "distill" and (done.parent / "dense.json").exists():
+                self._replan(**read_json(done.parent / "dense.json"))
             self.model.load_state_dict(load_tensors(done))
             kept = read_json(told)
             self.findings += [Finding(**f) for f in kept["findings"]]
@@ -277,7 +281,34 @@ class _Conversion:
             self.model, self._source(), batches, steps_per_epoch=steps, tokens=options.tokens,
             config=self.recipe.loop(epochs=options.epochs, lr=options.lr), **self._checkpoint(),
         )  # fmt: skip
-        self.findings += check_sites(history.last, self.recipe.max_error)
+        failed = check_sites(history.last, self.recipe.max_error)
+        self.findings += failed
+        if failed:
+            self._keep_dense([finding.site for finding in failed])
+
+    def _keep_dense(self, sites: list[str]) -> None:
+        """Plan again without the sites that could not be distilled; what the others have learned is kept."""
+        reason = f"distillation error above {self.recipe.max_error}"
+        names = [e.fqn for e in self.plan.entries if e.target in sites]
+        learned = {k: v for k, v in self.model.state_dict().items() if ".gate." not in k}
+        self._replan(names, reason)
+        self._init()
+        own = self.model.state_dict()
+        kept = {k: v for k, v in learned.items() if k in own and v.shape == own[k].shape}
+        self.model.load_state_dict({**own, **kept})
+        if self.work is not None:
+            write_json(self.work / "dense.json", {"names": names, "reason": reason})
+
+    def _replan(self, names: list[str], reason: str) -> None:
+        """Leave entries dense: a new plan, and a new conversion of the dense model."""
+        recipe = self.recipe
+        plan = make_plan(
+            self.dense, recipe.acm, target_modules=recipe.target_modules, exclude=(*recipe.exclude, *names),
+            merge=recipe.merge,
+        )  # fmt: skip
+        kept = [r for r in plan.refused if r.fqn not in names]
+        self.plan = replace(plan, refused=(*kept, *(Refusal(fqn=name, reason=reason) for name in names)))
+        self.model = convert_(copy.deepcopy(self.dense), self.plan).eval()
 
     def _gates(self) -> None:
         options, seed = self.recipe.gates, self.recipe.seed
@@ -291,7 +322,7 @@ class _Conversion:
             return
         for number in range(options.rounds):
             calibration = self._calibrate((0.9, 0.7, 0.5), 0.03) if number else None
-            if calibration is not None:
+            if calibration is not None and options.compensate:
                 self._compensate(calibration)
             batches = self._at_drawn_budgets(self.images.batches(self.images.fit, options.images, size=20), calibration)
             data = collect_damage(
@@ -302,8 +333,6 @@ class _Conversion:
                 data, steps=options.steps, lr=options.lr or 3e-3, seed=seed + number, fresh=number == 0,
                 name=f"gates-{number + 1}", **self._checkpoint(),
             )  # fmt: skip
-        if options.rounds > 1:
-            self._compensate(self._calibrate((0.9, 0.7, 0.5), 0.03))
 
     def _compensate(self, calibration: Calibration) -> None:
         batches = self.images.batches(self.images.fit, self.recipe.moments, size=20)
@@ -378,7 +407,7 @@ def evaluate_saved(
         batch_size: images in a batch.
     """
     splits = open_images(data, limit=limit)
-    _check_classes(splits, model)
+    splits = _checked(splits, model)
     which = "test" if splits.test is not None else "train"
     images = cached(ImageSet.of(splits, which, model))
     batches = _Listed(lambda: loader(images, min(batch_size, len(images))), images, batch_size)  # pyright: ignore
@@ -393,11 +422,16 @@ def evaluate_saved(
     return {**results, "split": which, "dense_is": "base weights" if weights is not None else "full width"}
 
 
-def _check_classes(splits: Any, model: nn.Module) -> None:
-    """Labels, where there are any, have to mean the model's outputs."""
+def _checked(splits: Any, model: nn.Module) -> Any:
+    """The splits; labels, where there are any, have to mean the model's outputs."""
     classes = getattr(model, "num_classes", None)
+    some = splits.train if splits.train is not None else splits.test
+    names = getattr(some.features.get(splits.label_column), "names", None) or ["a class"]
+    if {str(n).lower() for n in names} <= {"train", "test", "validation", "val", "valid", "dev"}:
+        splits = dataclasses.replace(splits, label_column=None)  # `datasets` took the folders of splits for classes
     if splits.label_column is not None and isinstance(classes, int) and classes > 0:
         splits.check_labels(classes)
+    return splits
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -1,13 +1,13 @@
 """Closed-form compensation: what a token leaves out is replaced by its mean among tokens that made the same choice.
 
-With the gates on, tokens that run few learners are not like the rest, so the mean of what they leave out differs from
-the mean over all tokens that `init_` starts from. For every site that sums learners and every choice k,
+With the gates on, tokens that run few learners are not like the rest, so the mean of what they leave out differs
+from the mean over all tokens that `init_` starts from. For every site that sums learners and every choice k,
 
     table(k) = dense bias + W[:, left out] E[h_left_out | choice = k]
 
 which is the least-squares constant of a ridge regression of the dense output on the kept units with the shared weights
-held fixed: those stay exact at full width. The mean is shrunk to that of all tokens by `shrink` pseudo-tokens. Statistics
-are taken from the gated model itself, so errors of earlier layers are part of them.
+held fixed: those stay exact at full width. The mean is shrunk to that of all tokens by `shrink` pseudo-tokens.
+Statistics are taken from the gated model itself, so errors of earlier layers are part of them.
 
 Shapes: M tokens, U hidden units (over heads), O output width, N learners.
 """

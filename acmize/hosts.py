@@ -317,7 +317,7 @@ def make_plan(
     if merge not in ("none", 0):
         reason = why_not(model)
         if reason is None:
-            merging = _merging(model, entries, merge)
+            merging = _merging(model, entries, merge, inputs)
         elif merge == "auto":
             refused.append(Refusal(fqn="blocks", reason=reason))
         else:
@@ -382,7 +382,7 @@ def _unfit(site: Site, modules: dict[str, Any]) -> str | None:
             pointwise = type(layer) is nn.Conv2d and layer.kernel_size == (1, 1) and layer.groups == 1
             if type(layer) is not nn.Linear and not (pointwise and site.options.get("channels_first")):
                 return f"{role}={fqn!r} is a {type(layer).__name__}, expected nn.Linear"
-            sizes[role] = layer.weight.shape[:2]
+            sizes[role] = (layer.weight.shape[0], layer.weight.shape[1])
     if site.kind == "mlp":
         units = sizes["fc1"][0] // (2 if site.options.get("packed") else 1)
         if sizes["fc2"][1] != units:
@@ -399,7 +399,7 @@ def _unfit(site: Site, modules: dict[str, Any]) -> str | None:
     return None
 
 
-def _merging(model: Any, entries: tuple[PlanEntry, ...], merge: str | int) -> Merging:
+def _merging(model: Any, entries: tuple[PlanEntry, ...], merge: str | int, inputs: tuple[Any, ...]) -> Merging:
     if isinstance(merge, str) and merge != "auto":
         raise AcmizeError(f"merge: found {merge!r}, expected auto, none, or a number of pairs")
     if isinstance(merge, int) and merge < 0:
@@ -409,13 +409,13 @@ def _merging(model: Any, entries: tuple[PlanEntry, ...], merge: str | int) -> Me
         inside = [e for e in entries if e.fqn.startswith(f"blocks.{i}.")]
         linear = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
         dense.append(linear - sum(e.macs // e.tokens for e in inside))
-    attn = model.blocks[0].attn
+    out = "blocks.0.attn.proj"
     return Merging(
-        tokens=next(e.tokens for e in entries if e.fqn.startswith("blocks.")),
+        tokens=tokens_at(model, [out], *inputs)[out],
         prefix=int(getattr(model, "num_prefix_tokens", 1)),
         blocks=len(model.blocks),
         dim=int(model.embed_dim),
-        attention_dim=attn.proj.in_features,
+        attention_dim=model.get_submodule(out).in_features,
         dense_macs=tuple(dense),
         fixed=None if merge == "auto" else int(merge),
     )

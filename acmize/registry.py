@@ -18,7 +18,7 @@ class Method(Protocol):
     name: str
 
     def plan(self, site: Any, modules: dict[str, nn.Module], config: Any, keep: Any) -> list[dict[str, Any]]:
-        """Entries (keyword arguments of `PlanEntry`) for a site, or raise `Refused`; `keep(fqn, target)` asks for each."""
+        """Entries (keyword arguments of `PlanEntry`) for a site, or raise `Refused`; `keep(fqn, target)` asks."""
         ...
 
     def build(

@@ -8,6 +8,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import nn
 from acmize.api import Images, convert
 from acmize.checkpoint import read_json, write_json
 from acmize.controls import gates_share, static_width
-from acmize.evaluate import evaluate_at, reference
+from acmize.evaluate import Reference, evaluate_at, reference
 from acmize.hub import base_of, from_pretrained
 from acmize.models import load_model
 from acmize.plan import Plan
@@ -47,6 +48,7 @@ def parser(doc: str, file: str, budgets: Sequence[float] = ()) -> argparse.Argum
     made.add_argument("--output", type=Path, help=f"folder for the results (default: runs/{Path(file).stem})")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--limit", type=int, help="samples a split at most")
+    made.add_argument("--device", default="cpu", help="where the model runs: cpu or cuda")
     if budgets:
         made.add_argument("--budgets", type=float, nargs="+", default=list(budgets))
     return made
@@ -71,12 +73,12 @@ def assets() -> Path:
     return path
 
 
-def deit_tiny(smoke: bool, **kwargs: Any) -> nn.Module:
-    """DeiT-Tiny with its ImageNet weights, or the packaged digits model."""
-    if smoke:
-        return load_model("acmize_vit_digits")
+def deit_tiny(args: argparse.Namespace, **kwargs: Any) -> nn.Module:
+    """DeiT-Tiny with its ImageNet weights, or the packaged digits model, on the device asked for."""
+    if args.smoke:
+        return load_model("acmize_vit_digits").to(args.device)
     weights = assets() / "models" / "deit_tiny_patch16_224" / "model.safetensors"
-    return load_model("deit_tiny_patch16_224", weights, **kwargs)
+    return load_model("deit_tiny_patch16_224", weights, **kwargs).to(args.device)
 
 
 def photographs(smoke: bool) -> Any:
@@ -141,7 +143,11 @@ class Bench:
         self.model, self.data, self.images = dense, data, Images(data, dense, recipe)
         self.test = self.images.labelled(self.images.test)
         self.held = list(self.images.batches(self.images.held, 200))
-        self.dense = reference(dense, self.test)
+
+    @cached_property
+    def dense(self) -> Reference:
+        """The dense model's answers, computed when the first row is wanted."""
+        return reference(self.model, self.test)
 
     def row(self, model: nn.Module, plan: Plan, choose: Any = None) -> Row:
         """Metrics on the test split of the model as it is set."""
@@ -185,7 +191,7 @@ def converted(folder: Path, dense: nn.Module, data: Any, recipe: Recipe, kwargs:
         kwargs: what `timm.create_model` was given beside the name.
     """
     if (folder / "config.json").exists():
-        return from_pretrained(folder)
+        return from_pretrained(folder).to(next(dense.parameters()).device)
     work = folder.with_name(f"{folder.name}.work")
     made = convert(dense, data=data, recipe=recipe, base=base_of(dense, kwargs), work=work, resume=True)
     made.save_pretrained(folder)

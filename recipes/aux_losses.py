@@ -46,7 +46,7 @@ def variants() -> dict[str, dict[str, float]]:
 
 
 def choices(model: nn.Module, batches: list[Tensor]) -> dict[str, float]:
-    """`choice_entropy`, the mean over sites and samples in 0..1, and `collapsed` sites, with the gates as they are set."""
+    """`choice_entropy`, mean over sites and samples in 0..1, and `collapsed` sites, with the gates as they are set."""
     entropies, seen_choices = [], {}
     with evaluating(model):
         for batch in batches:
@@ -67,11 +67,12 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.6)
     parser.add_argument("--epochs", type=int, default=3, help="of each finetune")
     args = parser.parse_args()
+    args.epochs = 1 if args.smoke else args.epochs
     options = common.start(args, __file__)
     budget, around = args.budget, (args.budget + 0.1, args.budget, args.budget - 0.1)
     more: dict[str, Any] = {"budget": budget, "budgets": around, "phases": ()}
     recipe = resolve(options, more)
-    dense, data = common.deit_tiny(args.smoke), common.photographs(args.smoke)
+    dense, data = common.deit_tiny(args), common.photographs(args.smoke)
     shared = common.converted(args.output / "models" / "shared", dense, data, recipe)
     bench = common.Bench(dense, data, recipe)
     rows = common.Rows(args, __file__)

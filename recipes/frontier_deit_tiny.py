@@ -54,7 +54,7 @@ class Frontier:
 
     def __init__(self, args: Any, options: dict[str, Any]) -> None:
         self.args, self.options = args, {**options, "phases": (), "budgets": tuple(args.budgets)}
-        self.dense = common.deit_tiny(args.smoke)
+        self.dense = common.deit_tiny(args)
         self.recipe = resolve(self.options)
         self.bench = common.Bench(self.dense, common.photographs(args.smoke), self.recipe)
         self.converted, self.local = cache(self._converted), cache(self._local)
@@ -135,7 +135,7 @@ def main() -> None:
         "token merging": run.merging,
     }
     if args.trained is not None:
-        trained = cache(lambda: from_pretrained(args.trained))
+        trained = cache(lambda: from_pretrained(args.trained).to(args.device))
         methods[f"trained ({args.trained.name})"] = lambda b: bench.gated(trained(), b)
     rows = common.Rows(args, __file__)
     rows.measure("dense", lambda: common.dense_row(bench))

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--distill-epochs", type=int, help="of phase 1 (default: the preset's)")
     args = parser.parse_args()
     options = common.start(args, __file__)
-    dense, data = common.deit_tiny(args.smoke), common.photographs(args.smoke)
+    dense, data = common.deit_tiny(args), common.photographs(args.smoke)
     more: dict[str, Any] = {"budget": args.budget, "budgets": (args.budget,)}
     if args.epochs is not None:
         more["train"] = {**options.get("train", {}), "epochs": args.epochs}

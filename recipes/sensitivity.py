@@ -61,8 +61,10 @@ def main() -> None:
     parser.add_argument("--learners", type=int, nargs="+", default=list(LEARNERS))
     parser.add_argument("--taus", type=float, nargs="+", default=list(TAUS))
     args = parser.parse_args()
+    if args.smoke:
+        args.learners, args.taus = [2, 8], [1.2]
     options = {**common.start(args, __file__), "phases": (), "budgets": tuple(args.budgets)}
-    dense, data = common.deit_tiny(args.smoke), common.photographs(args.smoke)
+    dense, data = common.deit_tiny(args), common.photographs(args.smoke)
     bench, rows = common.Bench(dense, data, resolve(options)), common.Rows(args, __file__)
 
     @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -162,7 +163,7 @@ def test_every_learner_matters() -> None:
     for k in range(5):
         with choosing(model, lambda gate, x, k=k: torch.full((*x.shape[:-1], gate.groups), k)):
             outputs.append(model(images()))
-    gaps = [(a - b).abs().max().item() for a, b in zip(outputs, outputs[1:], strict=False)]
+    gaps = [(a - b).abs().max().item() for a, b in pairwise(outputs)]
     assert min(gaps) > 1e-3
     torch.testing.assert_close(outputs[-1], dense(images()), rtol=0, atol=1e-4)
     assert plan.config.num_learners == 4

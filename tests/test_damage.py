@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from tiny import Mine, adapted, half_width, images, inputs_for, vit
 from torch import Tensor
 
 from acmize.damage import collect_damage
-from acmize.gates import Gate, choosing, full_width, gates_of
+from acmize.gates import Decision, Gate, choosing, full_width, gates_of
 
 
 def collect(model: Any, dense: Any, x: Tensor, **kwargs: Any) -> dict[Gate, Any]:
@@ -49,20 +50,19 @@ def test_damage_of_an_mlp_is_its_definition() -> None:
 
     z = mlp.hidden(seen["x"]).detach().requires_grad_()
     full = torch.full((*z.shape[:-1], 1), 4)
-    from acmize.gates import Decision
-
     handle = mlp.register_forward_hook(lambda _m, _i, _o: mlp.fc2.masked(z, Decision(full[..., 0])))
     with choosing(model, full_width):
         loss = F.cross_entropy(model(x), drawn_class(dense, x), reduction="sum")
     handle.remove()
     g = torch.autograd.grad(loss, z)[0]
-    # mu enters through the biases: s_n = W_n z_n + beta_n, beta_n = -W_n mu_n; recover mu by the dense model's mean
+    # mu enters through the biases: s_n = W_n z_n + beta_n with beta_n = -W_n mu_n
     w, beta = mlp.fc2.weight, mlp.fc2.learner_bias
-    upstream = torch.autograd.grad(
-        F.cross_entropy(run_with_output(model, mlp, y := mlp(seen["x"]).detach().requires_grad_(), x), drawn_class(dense, x), reduction="sum"), y
-    )[0]
+    with choosing(model, full_width):
+        y = mlp(seen["x"]).detach().requires_grad_()
+    loss = F.cross_entropy(run_with_output(model, mlp, y, x), drawn_class(dense, x), reduction="sum")
+    upstream = torch.autograd.grad(loss, y)[0]
     per_learner = []
-    for n, (a, b) in enumerate(zip(mlp.fc2.bounds, mlp.fc2.bounds[1:], strict=False)):
+    for n, (a, b) in enumerate(pairwise(mlp.fc2.bounds)):
         torch.testing.assert_close(g[..., a:b], upstream @ w[:, a:b], rtol=1e-3, atol=1e-5)
         per_learner.append((g[..., a:b] * z[..., a:b]).sum(-1) + upstream @ beta[n])
     change = torch.stack(per_learner, -1).flatten(0, 1)
@@ -86,7 +86,7 @@ def test_damage_of_a_projection_is_its_definition(part: str) -> None:
     dense: Any = vit()
     model: Any = adapted(dense)[0]
     x = images(3, seed=4)
-    qkv, g = model.blocks[0].attn.qkv, "qkv".index(part)
+    qkv, g = model.blocks[1].attn.qkv, "qkv".index(part)  # in block 0 the class tokens are all alike
     seen: dict[str, Tensor] = {}
 
     def catch(_m: Any, inputs: Any, output: Tensor) -> Tensor:
@@ -113,8 +113,6 @@ def test_small_cuts_change_the_loss_as_predicted() -> None:
     data = collect(model, dense, x)
     label = drawn_class(dense, x)
     gates = gates_of(model)
-    from acmize.gates import Decision
-
     for gate in gates:
         tokens = len(data[gate].x)
         assert data[gate].damage.shape == (tokens, gate.groups, 4)
@@ -155,7 +153,7 @@ def test_flags_come_back_after_an_error() -> None:
     dense: Any = vit()
     model: Any = adapted(dense)[0]
     model.train()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="unpack"):
         collect(model, dense, torch.zeros(2, 3, 5))
     assert model.training
     assert all(p.requires_grad for p in model.parameters())

@@ -84,7 +84,9 @@ def test_entropy() -> None:
 
 def test_diversity() -> None:
     assert diversity_loss(torch.tensor([0.4, 0.4])).item() == 0
-    assert diversity_loss(torch.tensor([0.0, 1.0])).item() == pytest.approx(-0.5)  # over all pairs, each with itself too
+    assert diversity_loss(torch.tensor([0.0, 1.0])).item() == pytest.approx(
+        -0.5
+    )  # over all pairs, each with itself too
 
 
 def test_teacher() -> None:

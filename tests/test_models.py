@@ -38,7 +38,7 @@ def test_an_unknown_model_is_named_with_what_is_close() -> None:
 
 
 def test_without_network_the_message_names_weights() -> None:
-    with pytest.raises(AcmizeError, match=r"test_vit: its weights could not be had.*--weights FILE\.safetensors"):
+    with pytest.raises(AcmizeError, match=r"test_vit: its weights could not be had.*--weights FILE"):
         load_model("test_vit")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from acmize.gates import Decision
 from acmize.layers import Contract, Expand, LowRank
 
 BOUNDS = {"even": (0, 4, 8, 12), "uneven": (0, 1, 7, 12)}
-D, O = 6, 5
+D, OUT = 6, 5
 
 
 def choices(kind: str) -> Tensor:
@@ -53,7 +55,7 @@ def by_loops(layer: Expand | Contract, x: Tensor, choice: Tensor) -> Tensor:
 def test_backends_agree_with_the_definition(kind: str, bounds: tuple[int, ...], heads: int) -> None:
     choice = choices(kind)
     expand = Expand(D, 12 * heads, True, bounds, heads)
-    contract = Contract(12 * heads, O, bounds, heads)
+    contract = Contract(12 * heads, OUT, bounds, heads)
     contract.learner_bias.normal_()
     x, h = torch.randn(len(choice), D), torch.randn(len(choice), 12 * heads)
     for layer, z in ((expand, x), (contract, h)):
@@ -66,7 +68,7 @@ def test_backends_agree_with_the_definition(kind: str, bounds: tuple[int, ...], 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_low_rank_backends_agree(kind: str) -> None:
-    layer, choice = LowRank(D, O, BOUNDS["uneven"]), choices(kind)
+    layer, choice = LowRank(D, OUT, BOUNDS["uneven"]), choices(kind)
     layer.fc2.learner_bias.normal_()
     x = torch.randn(len(choice), D)
     with ops.use_backend("masked"):
@@ -89,7 +91,7 @@ def test_leading_axes_are_kept() -> None:
 @torch.no_grad()
 def test_a_token_does_not_depend_on_its_mates(backend: str) -> None:
     choice = choices("random")
-    expand, contract = Expand(D, 12, True, BOUNDS["uneven"]), Contract(12, O, BOUNDS["uneven"])
+    expand, contract = Expand(D, 12, True, BOUNDS["uneven"]), Contract(12, OUT, BOUNDS["uneven"])
     contract.learner_bias.normal_()
     x = torch.randn(len(choice), D)
     with ops.use_backend(backend):
@@ -102,7 +104,7 @@ def test_a_token_does_not_depend_on_its_mates(backend: str) -> None:
 
 @torch.no_grad()
 def test_all_choices_is_each_choice() -> None:
-    expand, contract = Expand(D, 24, True, BOUNDS["uneven"], 2), Contract(24, O, BOUNDS["uneven"], 2)
+    expand, contract = Expand(D, 24, True, BOUNDS["uneven"], 2), Contract(24, OUT, BOUNDS["uneven"], 2)
     contract.learner_bias.normal_()
     for layer, z in ((expand, torch.randn(7, D)), (contract, torch.randn(7, 24))):
         every = layer.all_choices(z)
@@ -120,7 +122,7 @@ def test_runs_of_equal_count_are_one_product() -> None:
 @pytest.mark.parametrize(("units", "num"), [(12, 4), (10, 4), (7, 7), (64, 8), (5, 1)])
 def test_even_bounds(units: int, num: int) -> None:
     bounds = ops.even_bounds(units, num)
-    widths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    widths = [b - a for a, b in pairwise(bounds)]
     assert bounds[0] == 0
     assert bounds[-1] == units
     assert len(widths) == num
@@ -145,7 +147,7 @@ def test_dispatch() -> None:
 
 
 def test_masked_is_differentiable_where_sorted_would_run() -> None:
-    layer = Contract(12, O, BOUNDS["even"])
+    layer = Contract(12, OUT, BOUNDS["even"])
     keep = torch.ones(3, 3, requires_grad=True)
     layer(torch.randn(3, 12), Decision(torch.full((3,), 3), keep)).sum().backward()
     assert keep.grad is not None

@@ -12,7 +12,7 @@ Deviations from the paper, and why
 - Projections keep their full rank and cut rotated heads (`projections="rotated"`); the published low-rank form
   (`"lowrank"`, N r = D O / (D + O)) costs as much as the dense layer and is not exact at k = N.
 - q, k and v that come from one fused linear, and the out projection behind them, share one gate that reads the input
-  of the attention: cheaper, and no worse (docs/log.md).
+  of the attention: the gates cost half as much (docs/log.md).
 - Every learner adds a bias of its own, s_n(x) = W2_n act(W1_n x) + beta_n, which lets the mean of what is left out be
   put back in closed form.
 

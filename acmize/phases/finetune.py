@@ -39,7 +39,7 @@ class FinetuneConfig:
         full_width: share of steps at full width, which keeps the largest budgets close to the dense model.
     """
 
-    task: float = 1.0
+    task: float = 0.25
     teacher: float = 1.0
     features: float = 0.5
     budget: float = 0.1

@@ -26,8 +26,8 @@ from acmize.phases._loop import FitConfig, History, fit
 def fit_damage_gates(
     data: dict[Gate, GateData],
     *,
-    steps: int = 500,
-    batch_tokens: int = 2048,
+    steps: int = 400,
+    batch_tokens: int = 1024,
     lr: float = 3e-3,
     seed: int = 0,
     fresh: bool = True,

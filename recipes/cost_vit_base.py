@@ -1,0 +1,100 @@
+"""What a conversion costs: time and peak memory for ViT-B/16, label-free, on 256 photographs.
+
+Command:   python recipes/cost_vit_base.py --output runs/cost
+           python recipes/cost_vit_base.py --smoke            the digits model, under a minute
+Shows:     seconds of each stage and the largest resident memory of the process (`ru_maxrss`: Python, torch, the
+           photographs and both models included) for `vit_base_patch16_224` with `--phases none`. The weights are
+           random: time and memory do not depend on them, accuracy means nothing here and is not printed.
+Data:      generated photographs (smooth colour noise, seed 0), 256 a split or --limit of them; nothing is read.
+Seed:      0.
+Hardware:  not yet run.
+Time:      not yet run.
+Versions:  in results.json.
+
+Result:    not yet run. The aim: under 8 GB and under 15 minutes on 2 cores.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+import _common as common
+import numpy as np
+import torch
+
+from acmize.api import convert
+from acmize.models import architecture
+from acmize.recipe import resolve
+
+
+def generated(count: int, size: int, channels: int, seed: int) -> Any:
+    """Smooth noise as (count) images of `size` pixels a split, with labels 0."""
+    from datasets import Dataset, DatasetDict, Features, Image, Value
+    from PIL import Image as PILImage
+
+    generator = np.random.default_rng(seed)
+    features = Features({"image": Image(), "label": Value("int64")})
+
+    def photograph() -> Any:
+        small = generator.integers(0, 256, (8, 8, channels), dtype=np.uint8)
+        return PILImage.fromarray(small.squeeze()).resize((size, size), PILImage.Resampling.BICUBIC)
+
+    def split() -> Any:
+        columns = {"image": [photograph() for _ in range(count)], "label": [0] * count}
+        return Dataset.from_dict(columns, features=features)
+
+    return DatasetDict(train=split(), test=split())
+
+
+def peak_gb() -> float:
+    """Largest resident memory of this process so far, in GB (10^9 bytes)."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def main() -> None:
+    """Convert, print what it cost."""
+    parser = common.parser(__doc__ or "", __file__)
+    parser.add_argument("--model", default="vit_base_patch16_224")
+    args = parser.parse_args()
+    options = common.start(args, __file__)
+    rows = common.Rows(args, __file__)
+
+    def measure() -> common.Row:
+        torch.manual_seed(args.seed)
+        model = architecture("acmize_vit_digits" if args.smoke else args.model).to(args.device)
+        channels, _, size = model.pretrained_cfg["input_size"]
+        count = options.get("limit") or 256
+        data, loaded = generated(count, size, channels, args.seed), peak_gb()
+        recipe = resolve(options, {"phases": (), "budget": 0.5, "budgets": (0.75, 0.5)})
+        start = time.perf_counter()
+        made = convert(model, data=data, recipe=recipe)
+        seconds = time.perf_counter() - start
+        stages = made.recipe["seconds"]
+        return {
+            "seconds": seconds,
+            "stages": stages,
+            "images": count,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "before_gb": loaded,
+            "peak_gb": peak_gb(),
+        }
+
+    rows.measure("acmize_vit_digits" if args.smoke else args.model, measure)
+    rows.show(
+        {
+            "model": lambda key, _: key,
+            "parameters": lambda _, r: f"{r['parameters'] / 1e6:.1f} M",
+            "photographs": lambda _, r: f"{r['images']}",
+            "seconds": lambda _, r: f"{r['seconds']:.0f}",
+            "of these": lambda _, r: ", ".join(f"{k} {v:.0f}" for k, v in r["stages"].items()),
+            "peak memory": lambda _, r: f"{r['peak_gb']:.2f} GB ({r['before_gb']:.2f} before)",
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
