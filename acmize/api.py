@@ -9,7 +9,6 @@ ends with the same numbers; each stage draws from generators of its own.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 import logging
 import shutil
@@ -24,16 +23,17 @@ from torch import Tensor, nn
 from acmize.batches import cached, loader, mixup
 from acmize.checkpoint import load_tensors, read_json, save_tensors, write_json
 from acmize.compensate import compensate_
-from acmize.convert import convert_
 from acmize.damage import collect_damage
-from acmize.data import ImageSet, eval_transform, open_images, split_holdout, train_transform
+from acmize.data import ImageSet, open_images
 from acmize.diagnose import Finding, check_gates, check_sites
 from acmize.errors import AcmizeError
 from acmize.evaluate import evaluate, reference
 from acmize.gates import choosing, full_width, set_dial
 from acmize.hosts import make_plan
 from acmize.hub import base_of, make_adaptive, save_pretrained
+from acmize.images import Batches, Images, checked
 from acmize.init import collect_moments, init_
+from acmize.insert import convert_
 from acmize.methods.token_merging import set_schedule
 from acmize.models import load_model
 from acmize.phases.calibrate import Calibration, calibrate, set_budget
@@ -44,72 +44,6 @@ from acmize.plan import Plan, Refusal
 from acmize.recipe import Recipe, resolve
 
 log = logging.getLogger("acmize")
-
-
-class Images:
-    """The data of a conversion: images to fit on, images held out of train for calibration, and test images."""
-
-    def __init__(self, data: Any, model: nn.Module, recipe: Recipe) -> None:
-        splits = open_images(data, limit=recipe.limit, seed=recipe.seed)
-        self.name = splits.name
-        splits = _checked(splits, model)
-        if splits.train is None:
-            raise AcmizeError(f"data {splits.name}: found no train split, expected one to fit on; add train/")
-        fit, held = split_holdout(splits.train, recipe.holdout, recipe.seed)
-        columns: dict[str, Any] = {"image_column": splits.image_column, "label_column": splits.label_column}
-        channels = {"in_chans": _channels(model)}
-        plain = eval_transform(model)
-        self.fit = cached(ImageSet(fit, plain, **columns, **channels))
-        self.held = cached(ImageSet(held, plain, **columns, **channels))
-        self.test = None if splits.test is None else cached(ImageSet(splits.test, plain, **columns, **channels))
-        train = recipe.train
-        augment = train_transform(model, crop_scale=train.crop_scale, hflip=train.hflip, randaugment=train.randaugment)
-        self.augmented = ImageSet(fit, augment, **columns, **channels, seed=recipe.seed)
-        self.batch_size = recipe.batch_size
-
-    def batches(self, which: Any, limit: int | None = None, size: int | None = None) -> Iterator[Tensor]:
-        """Inputs of a set in a fixed shuffled order, without labels."""
-        seen = 0
-        for inputs, _ in loader(which, min(size or self.batch_size, len(which)), shuffle=True):
-            if limit is not None and seen >= limit:
-                return
-            yield inputs if limit is None else inputs[: limit - seen]
-            seen += len(inputs)
-
-    def labelled(self, which: Any) -> list[tuple[Tensor, Tensor]]:
-        """(inputs, labels) batches in stored order."""
-        return _Listed(lambda: loader(which, min(self.batch_size, len(which))), which, self.batch_size)  # pyright: ignore
-
-    def epochs(self, which: Any, seed: int) -> tuple[Callable[[int], Any], int]:
-        """Epoch -> shuffled (inputs, labels) batches, and how many there are."""
-        batches = loader(which, min(self.batch_size, len(which)), seed=seed, shuffle=True, drop_last=True)
-
-        def of(epoch: int) -> Any:
-            batches.set_epoch(epoch)
-            return batches
-
-        return of, len(batches)
-
-
-class _Listed(Sequence):  # type: ignore[type-arg]
-    """Batches that can be gone through again and again without being held."""
-
-    def __init__(self, make: Callable[[], Any], data: Any, batch_size: int) -> None:
-        self._make, self._length = make, -(-len(data) // min(batch_size, len(data)))
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._make())
-
-    def __getitem__(self, index: Any) -> Any:
-        return list(self._make())[index]
-
-
-def _channels(model: nn.Module) -> int:
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    return int((cfg.get("input_size") or (3,))[0])
 
 
 # --- the pipeline ---------------------------------------------------------------------------------------------
@@ -407,10 +341,10 @@ def evaluate_saved(
         batch_size: images in a batch.
     """
     splits = open_images(data, limit=limit)
-    splits = _checked(splits, model)
+    splits = checked(splits, model)
     which = "test" if splits.test is not None else "train"
     images = cached(ImageSet.of(splits, which, model))
-    batches = _Listed(lambda: loader(images, min(batch_size, len(images))), images, batch_size)  # pyright: ignore
+    batches = Batches(lambda: loader(images, min(batch_size, len(images))), images, batch_size)  # pyright: ignore
     if weights is not None:
         dense = reference(load_model(model.base["architecture"], weights, **model.base["kwargs"]), batches)
     else:
@@ -420,18 +354,6 @@ def evaluate_saved(
     saved = [row["budget"] for row in model.results.get("results", [])]
     results = evaluate(model, model.plan, model.calibration, batches, dense, budgets or saved or (0.5,))
     return {**results, "split": which, "dense_is": "base weights" if weights is not None else "full width"}
-
-
-def _checked(splits: Any, model: nn.Module) -> Any:
-    """The splits; labels, where there are any, have to mean the model's outputs."""
-    classes = getattr(model, "num_classes", None)
-    some = splits.train if splits.train is not None else splits.test
-    names = getattr(some.features.get(splits.label_column), "names", None) or ["a class"]
-    if {str(n).lower() for n in names} <= {"train", "test", "validation", "val", "valid", "dev"}:
-        splits = dataclasses.replace(splits, label_column=None)  # `datasets` took the folders of splits for classes
-    if splits.label_column is not None and isinstance(classes, int) and classes > 0:
-        splits.check_labels(classes)
-    return splits
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -18,8 +18,8 @@ from torch import nn
 
 from acmize import __about__
 from acmize.checkpoint import atomic_dir, load_tensors, read_json, save_tensors, write_json
-from acmize.convert import convert_
 from acmize.errors import AcmizeError
+from acmize.insert import convert_
 from acmize.models import SOURCES
 from acmize.phases.calibrate import Calibration, set_budget
 from acmize.plan import Plan

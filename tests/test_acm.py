@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from acmize import AcmConfig, Site
 from acmize.adaptive import AcmMlp, AcmOut, AcmProjections
-from acmize.convert import convert_
 from acmize.gates import Decision, choosing, full_width, gates_of, hard_keep
 from acmize.hosts import make_plan
+from acmize.insert import convert_
 from acmize.layers import Contract, Expand, LowRank
 from acmize.ops import use_backend
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from acmize.controls import by_name, gates_share, histograms, random_choice, static_width
-from acmize.convert import convert_
 from acmize.cost import count_macs
 from acmize.evaluate import evaluate_at, reference
 from acmize.gates import choosing, gates_of, record, set_dial
 from acmize.hosts import example_input, make_plan
+from acmize.insert import convert_
 from acmize.methods.acm import AcmConfig
 from acmize.methods.token_merging import set_schedule
 from acmize.models import load_model

@@ -30,10 +30,10 @@ from torch import nn
 
 from acmize import AcmConfig, AcmizeError, Plan, Site
 from acmize.adaptive import AcmMlp, AcmOut, AcmProjections
-from acmize.convert import convert_
 from acmize.gates import choosing, full_width
 from acmize.hosts import _HANDLERS, find_sites, make_plan, parse_targets
 from acmize.init import collect_moments, init_
+from acmize.insert import convert_
 from acmize.ops import use_backend
 
 # What each host must give: entries a block of each kind (a stage's for Swin and ConvNeXt), and reasons of refusal.

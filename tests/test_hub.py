@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from short import converted, same_state
 from torch import nn
 
-from acmize.convert import convert_
 from acmize.errors import AcmizeError
 from acmize.hosts import make_plan
 from acmize.hub import Adaptive, base_of, from_pretrained, make_adaptive, save_pretrained
+from acmize.insert import convert_
 from acmize.methods.acm import AcmConfig
 from acmize.models import load_model
 from acmize.phases.calibrate import Calibration

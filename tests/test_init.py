@@ -11,10 +11,10 @@ from tiny import CONFIG, adapted, images, plan_of, vit
 from torch import Tensor, nn
 
 from acmize import Site
-from acmize.convert import convert_
 from acmize.gates import choosing
 from acmize.hosts import make_plan
 from acmize.init import collect_moments, init_, order_units, roots, rotate_qk, rotate_vo
+from acmize.insert import convert_
 
 DOUBLE = torch.float64
 

@@ -13,10 +13,10 @@ from tiny import CONFIG, HOSTS, Mine, Random, adapted, half_width, images, input
 from torch import nn
 
 from acmize import AcmConfig, AcmizeError, Plan
-from acmize.convert import convert_
 from acmize.cost import count_macs
 from acmize.gates import Gate, choosing, full_width, gates_of, record
 from acmize.hosts import make_plan
+from acmize.insert import convert_
 from acmize.ops import use_backend
 
 

@@ -17,10 +17,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from acmize import AcmConfig, Plan
-from acmize.convert import convert_
 from acmize.gates import Gate
 from acmize.hosts import make_plan
 from acmize.init import collect_moments, init_
+from acmize.insert import convert_
 
 CONFIG = AcmConfig(num_learners=4, gate_hidden=2)
 SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}

@@ -1,0 +1,92 @@
+"""The images of a conversion: some to fit on, some held out of train for calibration, and those of the test split."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from acmize.batches import cached, loader
+from acmize.data import ImageSet, eval_transform, open_images, split_holdout, train_transform
+from acmize.errors import AcmizeError
+from acmize.recipe import Recipe
+
+
+class Images:
+    """The data of a conversion: images to fit on, images held out of train for calibration, and test images."""
+
+    def __init__(self, data: Any, model: nn.Module, recipe: Recipe) -> None:
+        splits = open_images(data, limit=recipe.limit, seed=recipe.seed)
+        self.name = splits.name
+        splits = checked(splits, model)
+        if splits.train is None:
+            raise AcmizeError(f"data {splits.name}: found no train split, expected one to fit on; add train/")
+        fit, held = split_holdout(splits.train, recipe.holdout, recipe.seed)
+        read: dict[str, Any] = {"image_column": splits.image_column, "label_column": splits.label_column}
+        read["in_chans"] = _channels(model)
+        plain = eval_transform(model)
+        self.fit: Any = cached(ImageSet(fit, plain, **read))
+        self.held: Any = cached(ImageSet(held, plain, **read))
+        self.test = None if splits.test is None else cached(ImageSet(splits.test, plain, **read))
+        train = recipe.train
+        augment = train_transform(model, crop_scale=train.crop_scale, hflip=train.hflip, randaugment=train.randaugment)
+        self.augmented = ImageSet(fit, augment, **read, seed=recipe.seed)
+        self.batch_size = recipe.batch_size
+
+    def batches(self, which: Any, limit: int | None = None, size: int | None = None) -> Iterator[Tensor]:
+        """Inputs of a set in a fixed shuffled order, without labels."""
+        seen = 0
+        for inputs, _ in loader(which, min(size or self.batch_size, len(which)), shuffle=True):
+            if limit is not None and seen >= limit:
+                return
+            yield inputs if limit is None else inputs[: limit - seen]
+            seen += len(inputs)
+
+    def labelled(self, which: Any) -> list[tuple[Tensor, Tensor]]:
+        """(inputs, labels) batches in stored order."""
+        return Batches(lambda: loader(which, min(self.batch_size, len(which))), which, self.batch_size)  # pyright: ignore
+
+    def epochs(self, which: Any, seed: int) -> tuple[Callable[[int], Any], int]:
+        """Epoch -> shuffled (inputs, labels) batches, and how many there are."""
+        batches = loader(which, min(self.batch_size, len(which)), seed=seed, shuffle=True, drop_last=True)
+
+        def of(epoch: int) -> Any:
+            batches.set_epoch(epoch)
+            return batches
+
+        return of, len(batches)
+
+
+class Batches(Sequence):  # type: ignore[type-arg]
+    """Batches that can be gone through again and again without being held."""
+
+    def __init__(self, make: Callable[[], Any], data: Any, batch_size: int) -> None:
+        self._make, self._length = make, -(-len(data) // min(batch_size, len(data)))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._make())
+
+    def __getitem__(self, index: Any) -> Any:
+        return list(self._make())[index]
+
+
+def _channels(model: nn.Module) -> int:
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return int((cfg.get("input_size") or (3,))[0])
+
+
+def checked(splits: Any, model: nn.Module) -> Any:
+    """The splits; labels, where there are any, have to mean the model's outputs."""
+    classes = getattr(model, "num_classes", None)
+    some = splits.train if splits.train is not None else splits.test
+    names = getattr(some.features.get(splits.label_column), "names", None) or ["a class"]
+    if {str(n).lower() for n in names} <= {"train", "test", "validation", "val", "valid", "dev"}:
+        splits = dataclasses.replace(splits, label_column=None)  # `datasets` took the folders of splits for classes
+    if splits.label_column is not None and isinstance(classes, int) and classes > 0:
+        splits.check_labels(classes)
+    return splits
