@@ -12,7 +12,7 @@ import copy
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acmize.batches import cached, loader, mixup
+from acmize.batches import cached, mixup
 from acmize.checkpoint import load_tensors, read_json, save_tensors, write_json
 from acmize.compensate import compensate_
 from acmize.damage import collect_damage
@@ -161,7 +161,8 @@ class _Conversion:
             self._stage("finetune", self._finetune)
         budgets = sorted({*self.recipe.budgets, self.recipe.budget}, reverse=True)
         budgets = [b for b in budgets if b >= self.plan.budget_range[0]]
-        self.calibration = self._calibrate(budgets)
+        ends = (1.0, round(self.plan.budget_range[0] + 0.01, 3))  # so that set_budget reaches every budget there is
+        self.calibration = self._calibrate({*budgets, *ends})
         results = self._evaluate(budgets)
         made = make_adaptive(
             self.model, self.plan, self.calibration, base or base_of(self.dense), results, self._described()
@@ -299,7 +300,7 @@ class _Conversion:
             config=loop, mix=mix, **self._checkpoint(),
         )  # fmt: skip
 
-    def _calibrate(self, budgets: Sequence[float], tolerance: float = 0.0025) -> Calibration:
+    def _calibrate(self, budgets: Iterable[float], tolerance: float = 0.0025) -> Calibration:
         batches = list(self.images.batches(self.images.held, 64 if tolerance > 0.01 else 200))
         reachable = [b for b in budgets if b >= self.plan.budget_range[0]]
         return calibrate(self.model, self.plan, batches, reachable, tolerance=tolerance)
@@ -344,7 +345,7 @@ def evaluate_saved(
     splits = checked(splits, model)
     which = "test" if splits.test is not None else "train"
     images = cached(ImageSet.of(splits, which, model))
-    batches = Batches(lambda: loader(images, min(batch_size, len(images))), images, batch_size)  # pyright: ignore
+    batches = Batches(images, batch_size, next(model.parameters()).device)
     if weights is not None:
         dense = reference(load_model(model.base["architecture"], weights, **model.base["kwargs"]), batches)
     else:

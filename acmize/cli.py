@@ -211,8 +211,12 @@ def print_results(results: dict[str, Any], latency: bool = False) -> None:
     out.print(
         f"{results['samples']} {results.get('split', 'test')} samples; dense {dense['macs'] / 1e9:.3f} GMACs a sample"
     )
-    for finding in results.get("findings", []):
-        if finding["kind"] != "idle":
+    findings = results.get("findings", [])
+    same = sum(f["kind"] == "collapse" and f["site"] != "" for f in findings)
+    if same:
+        out.print(f"{same} sites give every token the same choice at this budget; results.json names them")
+    for finding in findings:
+        if finding["kind"] == "distillation" or not finding["site"]:
             out.print(f"! {finding['message']}", highlight=False)
 
 

@@ -91,7 +91,7 @@ def evaluate(
     model: nn.Module,
     plan: Plan,
     calibration: Calibration,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     dense: Reference,
     budgets: Sequence[float],
 ) -> dict[str, Any]:

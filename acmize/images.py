@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from acmize.batches import cached, loader
@@ -33,7 +34,7 @@ class Images:
         train = recipe.train
         augment = train_transform(model, crop_scale=train.crop_scale, hflip=train.hflip, randaugment=train.randaugment)
         self.augmented = ImageSet(fit, augment, **read, seed=recipe.seed)
-        self.batch_size = recipe.batch_size
+        self.batch_size, self.device = recipe.batch_size, next(model.parameters()).device
 
     def batches(self, which: Any, limit: int | None = None, size: int | None = None) -> Iterator[Tensor]:
         """Inputs of a set in a fixed shuffled order, without labels."""
@@ -41,12 +42,12 @@ class Images:
         for inputs, _ in loader(which, min(size or self.batch_size, len(which)), shuffle=True):
             if limit is not None and seen >= limit:
                 return
-            yield inputs if limit is None else inputs[: limit - seen]
+            yield (inputs if limit is None else inputs[: limit - seen]).to(self.device)
             seen += len(inputs)
 
-    def labelled(self, which: Any) -> list[tuple[Tensor, Tensor]]:
+    def labelled(self, which: Any) -> Batches:
         """(inputs, labels) batches in stored order."""
-        return Batches(lambda: loader(which, min(self.batch_size, len(which))), which, self.batch_size)  # pyright: ignore
+        return Batches(which, self.batch_size, self.device)
 
     def epochs(self, which: Any, seed: int) -> tuple[Callable[[int], Any], int]:
         """Epoch -> shuffled (inputs, labels) batches, and how many there are."""
@@ -59,20 +60,21 @@ class Images:
         return of, len(batches)
 
 
-class Batches(Sequence):  # type: ignore[type-arg]
-    """Batches that can be gone through again and again without being held."""
+class Batches:
+    """(inputs, labels) batches of a set in stored order, which can be gone through again and again.
 
-    def __init__(self, make: Callable[[], Any], data: Any, batch_size: int) -> None:
-        self._make, self._length = make, -(-len(data) // min(batch_size, len(data)))
+    Args:
+        data: set of (image, label).
+        batch_size: images in a batch.
+        device: where the inputs go.
+    """
 
-    def __len__(self) -> int:
-        return self._length
+    def __init__(self, data: Any, batch_size: int, device: torch.device) -> None:
+        self._data, self._size, self._device = data, min(batch_size, len(data)), device
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._make())
-
-    def __getitem__(self, index: Any) -> Any:
-        return list(self._make())[index]
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for inputs, labels in loader(self._data, self._size):
+            yield inputs.to(self._device), labels
 
 
 def _channels(model: nn.Module) -> int:

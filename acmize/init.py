@@ -3,7 +3,7 @@
     MLP          hidden units ordered greedily by explained output variance; what is left out is replaced by its mean,
                  folded into one bias for each learner.
     q and k      U S V^T = svd(Cq^1/2 Ck^1/2);  q' = S^1/2 U^T Cq^-1/2 q,  k' = S^1/2 V^T Ck^-1/2 (k - mean k)
-    v and out    U S V^T = svd(O_h Cv^1/2);     v' = V^T Cv^-1/2 (v - mean v),  O_h' = U S,  out bias += O_h mean v
+    v and out    U S V^T = svd(O_h Cv^1/2);     v' = S V^T Cv^-1/2 (v - mean v),  O_h' = U,  out bias += O_h mean v
     low rank     U S V^T = svd(W C^1/2); down = V^T C^-1/2 ... up = U S: exact at full rank
 
 Softmax ignores a shift of all keys, and attention sums to one, so the means of k and v may be taken out. Second moments
@@ -223,7 +223,7 @@ def order_units(moments: Tensor, w2: Tensor) -> Tensor:
     r, _ = _covariance(moments)
     units = len(r)
     step = max(1, units // 256)
-    g, free, order = w2 @ r, torch.ones(units, dtype=torch.bool), []
+    g, free, order = w2 @ r, torch.ones(units, dtype=torch.bool, device=r.device), []
     floor = r.diagonal().max().clamp_min(1e-30) * 1e-9
     while len(order) < units:
         gain = g.square().sum(0) / r.diagonal().clamp_min(floor)
@@ -231,7 +231,7 @@ def order_units(moments: Tensor, w2: Tensor) -> Tensor:
         best = gain.topk(min(step, units - len(order))).indices
         order += best.tolist()
         free[best] = False
-        block = r[best][:, best] + floor * torch.eye(len(best), dtype=r.dtype)
+        block = r[best][:, best] + floor * torch.eye(len(best), dtype=r.dtype, device=r.device)
         scaled = torch.linalg.solve(block, r[best])
         g = g - g[:, best] @ scaled
         r = r - r[:, best] @ scaled
@@ -250,7 +250,7 @@ def rotate_vo(out: Tensor, cv: Tensor) -> tuple[Tensor, Tensor]:
     """(O, U) output block and (U, U) covariance of a head's values -> the map of v and the new output block."""
     v2, vi = roots(cv)
     u, s, vt = torch.linalg.svd(out @ v2, full_matrices=False)
-    return vt @ vi, u * s
+    return s[:, None] * (vt @ vi), u
 
 
 def roots(c: Tensor) -> tuple[Tensor, Tensor]:

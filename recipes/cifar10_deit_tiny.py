@@ -46,7 +46,18 @@ from acmize.phases.finetune import finetune
 from acmize.recipe import resolve
 
 BUDGETS = (0.75, 0.5, 0.25)
-SIZE = {"img_size": 64, "patch_size": 8, "num_classes": 10}
+SIZE = {"img_size": 64, "patch_size": 8}
+
+
+def pretrained(args: Any) -> Any:
+    """DeiT-Tiny, its positions and patches resampled by timm, with a new head of ten classes."""
+    dense: Any = common.deit_tiny(args, **SIZE)
+    if not args.smoke:
+        torch.manual_seed(args.seed)
+        dense.reset_classifier(10)
+        dense.to(args.device)
+    dense.pretrained_cfg = {**dense.pretrained_cfg, "crop_pct": 1.0}
+    return dense
 
 
 def cifar10(args: Any) -> Any:
@@ -106,7 +117,7 @@ class Training:
         """What phase 3 started from: the conversion after distillation."""
         recipe = resolve({**self.recipe.to_dict(), "phases": ("distill", "gates")})
         folder = self.args.output / "models" / "before-finetune"
-        return common.converted(folder, dense, self.bench.data, recipe, SIZE)
+        return common.converted(folder, dense, self.bench.data, recipe, {} if self.args.smoke else SIZE)
 
     def _kept(self, name: str, model: nn.Module, run: Any) -> nn.Module:
         folder = self.args.output / "models"
@@ -160,15 +171,15 @@ def main() -> None:
     more = {"budget": low, "budgets": budgets, "gates": {**options.get("gates", {}), "budgets": (low, 0.9)}}
     more |= {"train": {**options.get("train", {}), "epochs": epochs[1]}, "losses": {"budgets": (low, 0.95)}}
     recipe, data = resolve(options, {"batch_size": 64} if not args.smoke else {}, more), cifar10(args)
-    dense = common.deit_tiny(args, **SIZE)
-    dense.pretrained_cfg = {**dense.pretrained_cfg, "crop_pct": 1.0}
+    dense = pretrained(args)
     training = Training(args, recipe, common.Bench(dense, data, recipe))
     dense = training.plain("dense", dense, epochs[0])
     bench = training.bench
 
     @cache
     def adaptive() -> Any:
-        return common.converted(args.output / "models" / "adaptive", dense, data, recipe, SIZE)
+        folder, kwargs = args.output / "models" / "adaptive", {} if args.smoke else SIZE
+        return common.converted(folder, dense, data, recipe, kwargs)
 
     static = cache(lambda: training.static(adaptive(), dense))
 

@@ -102,7 +102,11 @@ class Acm:
     def _plan_mlp(self, site: Any, modules: dict[str, nn.Module], config: AcmConfig) -> dict[str, Any]:
         dim = _width(modules[site.roles["fc1"]])[1]
         out, units = _width(modules[site.roles["fc2"]])
-        num = config.num_learners if config.learner_dim is None else max(1, round(units / config.learner_dim))
+        if config.learner_dim is not None and config.learner_dim > units:
+            raise Refused(
+                f"learner_dim={config.learner_dim} is more than its {units} units; use --learner-dim {units} or less"
+            )
+        num = config.num_learners if config.learner_dim is None else round(units / config.learner_dim)
         bounds = _bounds(units, num, "MLP hidden units")
         ups = 2 if site.options.get("gated") else 1
         macs = tuple((ups * dim + out) * (b - a) for a, b in pairwise(bounds))
