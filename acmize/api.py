@@ -37,7 +37,7 @@ from acmize.insert import convert_
 from acmize.methods.token_merging import set_schedule
 from acmize.models import load_model
 from acmize.phases.calibrate import Calibration, calibrate, set_budget
-from acmize.phases.distill import distill
+from acmize.phases.distill import distill, distillable
 from acmize.phases.finetune import drawn_budget, finetune
 from acmize.phases.pretrain_gates import collect_errors, fit_classification_gates, fit_damage_gates
 from acmize.plan import Plan, Refusal
@@ -218,7 +218,7 @@ class _Conversion:
         )  # fmt: skip
         failed = check_sites(history.last, self.recipe.max_error)
         self.findings += failed
-        if failed:
+        if failed and 2 * len(failed) <= len(distillable(self.model)):  # when most fail, the training is at fault
             self._keep_dense([finding.site for finding in failed])
 
     def _keep_dense(self, sites: list[str]) -> None:

@@ -32,7 +32,7 @@ def check_sites(last: Mapping[str, float], max_error: float) -> list[Finding]:
     for key, error in last.items():
         if key.startswith("site/") and error > max_error:
             site = key.removeprefix("site/")
-            text = f"{site}: distillation error {error:.2f}; it stays dense (train longer, or raise max_error)"
+            text = f"{site}: distillation error {error:.2f}; train longer, or leave it dense with --exclude"
             found.append(Finding(kind="distillation", site=site, message=text))
     return found
 

@@ -27,7 +27,7 @@ OPTIONS: dict[str, Any] = {
     "batch_size": 16,
     "acm": {"num_learners": 3, "gate_hidden": 4},
     "distill": {"epochs": 1, "tokens": 64},
-    "gates": {"rounds": 1, "images": 20, "draws": 1, "steps": 12},
+    "gates": {"rounds": 1, "images": 20, "draws": 1, "steps": 60},
     "train": {"epochs": 1, "hflip": 0.0, "crop_scale": [0.8, 1.0]},
 }
 

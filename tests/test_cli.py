@@ -274,8 +274,10 @@ def test_impossible_learner_counts(run: Any, convert: Any, tmp_path: Path, count
     if count < 1:
         assert status == 2
         refused(captured)
-    else:  # one learner takes what there is
-        assert {e["num_learners"] for e in json.loads(out)["entries"] if e["kind"] == "mlp"} == {1}
+    else:  # the projections, which keep their learners, are still converted
+        plan = json.loads(out)
+        assert {e["kind"] for e in plan["entries"]} == {"q", "k", "v", "out"}
+        assert any("--learner-dim" in r["reason"] for r in plan["refused"])
     assert nothing_left(tmp_path)
 
 

@@ -103,7 +103,8 @@ def test_num_learners_and_learner_dim() -> None:
     plan = plan_of(vit(), AcmConfig(num_learners=4, learner_dim=16, gate_hidden=2))
     assert {(e.kind == "mlp", e.num_learners) for e in plan.entries} == {(True, 8), (False, 4)}
     plan = plan_of(vit(), AcmConfig(num_learners=4, learner_dim=10**6, gate_hidden=2))
-    assert {e.num_learners for e in plan.entries if e.kind == "mlp"} == {1}
+    assert not [e for e in plan.entries if e.kind == "mlp"]
+    assert any("use --learner-dim" in r.reason for r in plan.refused)
 
 
 def test_too_many_learners() -> None:
