@@ -162,7 +162,9 @@ class _Conversion:
         budgets = sorted({*self.recipe.budgets, self.recipe.budget}, reverse=True)
         budgets = [b for b in budgets if b >= self.plan.budget_range[0]]
         ends = (1.0, round(self.plan.budget_range[0] + 0.01, 3))  # so that set_budget reaches every budget there is
-        self.calibration = self._calibrate({*budgets, *ends})
+        self.calibration = self._calibrate(budgets) + self._calibrate(
+            ends, 0.02
+        )  # the first wins where both have a row
         results = self._evaluate(budgets)
         made = make_adaptive(
             self.model, self.plan, self.calibration, base or base_of(self.dense), results, self._described()

@@ -51,6 +51,16 @@ class Calibration:
                 return near + share * (far - near)
         return rows[0][1] if budget > rows[0][0] else rows[-1][1]
 
+    def __add__(self, other: Calibration) -> Calibration:
+        """The rows of both tables."""
+        rows = {
+            **dict(zip(other.budgets, other.dials, strict=True)),
+            **dict(zip(self.budgets, self.dials, strict=True)),
+        }
+        return Calibration(
+            budgets=tuple(sorted(rows, reverse=True)), dials=tuple(rows[b] for b in sorted(rows, reverse=True))
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return {"budgets": list(self.budgets), "dials": list(self.dials)}
