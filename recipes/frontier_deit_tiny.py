@@ -128,11 +128,11 @@ def main() -> None:
         "product, label-free": lambda b: bench.gated(made("product", "auto"), b),
         "token merging": run.merging,
         "damage gates": lambda b: bench.gated(made("damage"), b),
+        "random gates": run.random,
+        "static width": lambda b: bench.static(made("damage"), made("damage").plan, b),
         "local-error gates, relative": lambda b: bench.gated(run.local(True), b),
         "local-error gates, absolute": lambda b: bench.gated(run.local(False), b),
         "threshold gates": lambda b: bench.gated(made("threshold", "none", "threshold"), b),
-        "random gates": run.random,
-        "static width": lambda b: bench.static(made("damage"), made("damage").plan, b),
     }
     if args.trained is not None:
         trained = cache(lambda: from_pretrained(args.trained).to(args.device))
