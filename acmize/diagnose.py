@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from acmize.cost import evaluating
-from acmize.gates import record
+from acmize.controls import histograms
 from acmize.plan import Plan
 
 
@@ -39,14 +38,7 @@ def check_sites(last: Mapping[str, float], max_error: float) -> list[Finding]:
 
 def check_gates(model: nn.Module, plan: Plan, batches: Sequence[Tensor], results: Mapping[str, Any]) -> list[Finding]:
     """Gate collapse, learners that never run, and budgets missed, with the gates as they are set."""
-    histograms: dict[str, Tensor] = {}
-    with evaluating(model):
-        for batch in batches:
-            with record(model, len(batch)) as seen:
-                model(batch)
-            for name, counts in seen.choices.items():
-                histograms[name] = histograms.get(name, 0) + counts.cpu()
-    found = [f for name, counts in histograms.items() for f in _one_gate(name, counts)]
+    found = [f for name, counts in histograms(model, batches).items() for f in _one_gate(name, counts)]
     collapsed = [f for f in found if f.kind == "collapse"]
     if len(collapsed) > len(plan.entries) // 2:
         text = (

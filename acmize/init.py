@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from acmize.adaptive import AcmMlp, AcmOut, AcmProjections
 from acmize.cost import evaluating
-from acmize.layers import Contract, Expand, LowRank
+from acmize.layers import Contract, LowRank
 from acmize.plan import Plan, PlanEntry
 
 Moments = dict[str, Tensor]
@@ -279,6 +279,3 @@ def _copy(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:
         layer.bias.copy_(bias)
     else:
         assert not bias.any(), "a layer without a bias cannot take one: the saved model could not be rebuilt"
-
-
-__all__ = ["Expand", "collect_moments", "init_", "order_units", "roots", "rotate_qk", "rotate_vo"]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmize.damage import logits_of
-from acmize.gates import Recorder, gates_of, record
+from acmize.gates import Recorder, record
 from acmize.losses import budget_loss, diversity_loss, entropy_loss, teacher_loss
 from acmize.phases._loop import FitConfig, History, fit
 from acmize.phases.calibrate import Calibration, set_budget
@@ -90,7 +90,6 @@ def finetune(
     """
     model.train()
     teacher.eval()
-    gates = gates_of(model)
 
     def loss(batch: Any, step: int) -> dict[str, Tensor]:
         inputs, labels = batch
@@ -113,15 +112,12 @@ def finetune(
         total = sum(getattr(losses, name) * term for name, term in terms.items())
         return {"loss": total, **terms, "compute": compute.mean().detach(), "asked": torch.tensor(budget)}  # pyright: ignore
 
-    before = [g.temperature for g in gates]
     try:
         return fit(
             name="finetune", model=model, loss=loss, batches=batches, steps_per_epoch=steps_per_epoch, config=config,
             checkpoint=checkpoint, resume=resume, watch=watch,
         )  # fmt: skip
     finally:
-        for gate, temperature in zip(gates, before, strict=True):
-            gate.temperature = temperature
         model.eval()
 
 
