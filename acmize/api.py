@@ -39,6 +39,7 @@ from acmize.models import load_model
 from acmize.phases.calibrate import Calibration, calibrate, set_budget
 from acmize.phases.distill import distill, distillable
 from acmize.phases.finetune import drawn_budget, finetune
+from acmize.phases.interpolate import held_out_loss, interpolate_
 from acmize.phases.pretrain_gates import collect_errors, fit_classification_gates, fit_damage_gates
 from acmize.plan import Plan, Refusal
 from acmize.recipe import Recipe, resolve
@@ -113,6 +114,7 @@ class _Conversion:
         self.work = None if work is None else Path(work)
         self.findings: list[Finding] = []
         self.seconds: dict[str, float] = {}
+        self.measured: dict[str, Any] = {}  # by stages, beside the weights
         self.calibration: Calibration | None = None
         self._check_labels()
         if self.work is not None:
@@ -185,6 +187,7 @@ class _Conversion:
             kept = read_json(told)
             self.findings += [Finding(**f) for f in kept["findings"]]
             self.seconds[name] = kept["seconds"]
+            self.measured |= kept["measured"]
             log.info("%s: resumed", name)
             return
         start = time.perf_counter()
@@ -194,7 +197,7 @@ class _Conversion:
         self.seconds[name] = time.perf_counter() - start
         if done is not None and told is not None:
             found = [f.to_dict() for f in self.findings[before:]]
-            write_json(told, {"seconds": self.seconds[name], "findings": found})
+            write_json(told, {"seconds": self.seconds[name], "findings": found, "measured": self.measured})
             save_tensors(done, self.model.state_dict())
         log.info("%s: %.0f s", name, self.seconds[name])
 
@@ -297,10 +300,19 @@ class _Conversion:
             ema_decay=train.ema_decay, accumulate=train.accumulate,
         )  # fmt: skip
         assert self.calibration is not None
+        before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         finetune(
             self.model, self.dense, self.plan, self.calibration, batches, steps_per_epoch=steps, losses=losses,
             config=loop, mix=mix, **self._checkpoint(),
         )  # fmt: skip
+        if train.interpolate:
+            losses = interpolate_(self.model, before, self._held_out_loss)
+            self.measured["interpolated"] = {f"{share:g}": value for share, value in losses.items()}
+
+    def _held_out_loss(self) -> float:
+        calibration = self._calibrate((0.9, 0.6, 0.4), 0.02)
+        held = self.images.labelled(self.images.held)
+        return held_out_loss(self.model, self.dense, self.plan, calibration, held, self.recipe.losses)
 
     def _calibrate(self, budgets: Iterable[float], tolerance: float = 0.0025) -> Calibration:
         batches = list(self.images.batches(self.images.held, 64 if tolerance > 0.01 else 200))
@@ -321,7 +333,7 @@ class _Conversion:
         return results
 
     def _described(self) -> dict[str, Any]:
-        return {**self.recipe.to_dict(), "data": self.recipe.data or self.images.name, "seconds": self.seconds}
+        return {**self.recipe.to_dict(), "data": self.recipe.data or self.images.name, "seconds": self.seconds, **self.measured}
 
 
 def evaluate_saved(

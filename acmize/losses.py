@@ -55,6 +55,17 @@ def classification(logits_MK: Tensor, labels_M: Tensor) -> Tensor:
     return F.cross_entropy(logits_MK, labels_M)
 
 
+def task_loss(logits: Tensor, labels: Tensor | None, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy with labels (B,), -1 unknown, or soft ones (B, C); 0 where nothing is known."""
+    if labels is None:  # mixed images whose labels are unknown
+        return logits.new_zeros(())
+    if labels.dtype.is_floating_point:
+        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+    if (labels < 0).all():
+        return logits.new_zeros(())
+    return F.cross_entropy(logits.float(), labels, ignore_index=-1, label_smoothing=smoothing)
+
+
 def budget_loss(compute_B: Tensor, budget: float) -> Tensor:
     """L_b = |mean compute fraction - budget| (eq. 6)."""
     return (compute_B.mean() - budget).abs()

@@ -46,10 +46,12 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def pick_backend(x: Tensor) -> str:
-    """The backend for input x: masked where gradients flow, else what is fastest on its device."""
+    """The backend for input x: masked where gradients flow or autocast is on, else what is fastest on its device."""
     if _forced:
         return _forced[-1]
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+        return "masked"
+    if torch.is_autocast_enabled("cpu"):  # which does not reach the in-place products of `sorted`
         return "masked"
     return "sorted"
 

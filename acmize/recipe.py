@@ -68,7 +68,7 @@ class TrainOptions:
     """Phase 3: epochs, AdamW at `lr`, and the augmentation of timm.data.
 
     `crop_scale`, `randaugment` and `hflip` (probability; 0 where left and right differ, as with digits) serve phase 1
-    too.
+    too. With `interpolate`, how far to go from the weights before phase 3 is chosen on the held-out images.
     """
 
     epochs: int = 12
@@ -82,6 +82,7 @@ class TrainOptions:
     randaugment: str | None = None
     crop_scale: tuple[float, float] = (0.35, 1.0)
     hflip: float = 0.5
+    interpolate: bool = True
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
@@ -189,6 +190,7 @@ def preset(name: str) -> dict[str, Any]:
             "acm": {"num_learners": 4, "gate": "classification", "projections": "lowrank", "init": "random"},
             "distill": {"epochs": 2, "lr": 1e-3},
             "gates": {"labels": "threshold", "rounds": 1},
+            "train": {"interpolate": False},
             "losses": {"task": 1.0, "teacher": 0.0, "features": 0.0},
             "merge": "none",
             "one_budget": True,

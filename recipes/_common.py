@@ -49,6 +49,7 @@ def parser(doc: str, file: str, budgets: Sequence[float] = ()) -> argparse.Argum
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--limit", type=int, help="samples a split at most")
     made.add_argument("--device", default="cpu", help="where the model runs: cpu or cuda")
+    made.add_argument("--mixed-precision", default="no", choices=("no", "bf16", "fp16"), help="of every training loop")
     if budgets:
         made.add_argument("--budgets", type=float, nargs="+", default=list(budgets))
     return made
@@ -62,7 +63,8 @@ def start(args: argparse.Namespace, file: str) -> dict[str, Any]:
         args.output = Path(tempfile.mkdtemp()) if args.smoke else Path("runs") / Path(file).stem
     args.output.mkdir(parents=True, exist_ok=True)
     options = {**SMOKE} if args.smoke else {}
-    return {**options, "seed": args.seed, **({} if args.limit is None else {"limit": args.limit})}
+    options |= {"seed": args.seed, "mixed_precision": args.mixed_precision}
+    return {**options, **({} if args.limit is None else {"limit": args.limit})}
 
 
 def assets() -> Path:

@@ -182,3 +182,10 @@ def test_evaluating_what_was_saved(model: Any, tmp_path: Path) -> None:
     assert [r["budget"] for r in beside["results"]] == [0.7]
     with pytest.raises(AcmizeError, match="cannot go below"):
         evaluate_saved(loaded, digits_dataset(), [0.01], limit=16)
+
+
+def test_all_phases_in_bf16() -> None:
+    exact, mixed = converted(), converted({"mixed_precision": "bf16"})
+    assert not same_state(exact, mixed)
+    for one, two in zip(exact.results["results"], mixed.results["results"], strict=True):
+        assert two["accuracy"] == pytest.approx(one["accuracy"], abs=0.1)

@@ -152,3 +152,11 @@ def test_masked_is_differentiable_where_sorted_would_run() -> None:
     layer(torch.randn(3, 12), Decision(torch.full((3,), 3), keep)).sum().backward()
     assert keep.grad is not None
     assert keep.grad.abs().min() > 0
+
+
+def test_autocast_takes_the_masked_backend() -> None:
+    x = torch.zeros(2, 3)
+    with torch.no_grad():
+        assert ops.pick_backend(x) == "sorted"
+        with torch.autocast("cpu", torch.bfloat16):
+            assert ops.pick_backend(x) == "masked"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from acmize.damage import logits_of
 from acmize.gates import Recorder, record
-from acmize.losses import budget_loss, diversity_loss, entropy_loss, teacher_loss
+from acmize.losses import budget_loss, diversity_loss, entropy_loss, task_loss, teacher_loss
 from acmize.phases._loop import FitConfig, History, fit
 from acmize.phases.calibrate import Calibration, set_budget
 from acmize.plan import Plan
@@ -103,7 +103,7 @@ def finetune(
         with record(model, len(inputs), keep_inputs=losses.entropy > 0) as seen:
             features, logits = features_and_logits(model, inputs)
         terms = {"teacher": teacher_loss(logits, teacher_logits)}
-        terms["task"] = _task(logits, labels, losses.label_smoothing)
+        terms["task"] = task_loss(logits, labels, losses.label_smoothing)
         terms["features"] = _relative(features, teacher_features)
         compute = (rest + seen.differentiable()) / plan.macs_dense
         terms["budget"] = budget_loss(compute, budget)
@@ -133,16 +133,6 @@ def features_and_logits(model: nn.Module, inputs: Tensor) -> tuple[Tensor | None
         features = model.forward_features(inputs)  # pyright: ignore[reportCallIssue]
         return features, model.forward_head(features)  # pyright: ignore[reportCallIssue]
     return None, logits_of(model(inputs))
-
-
-def _task(logits: Tensor, labels: Tensor | None, smoothing: float) -> Tensor:
-    if labels is None:  # mixed images whose labels are unknown
-        return logits.new_zeros(())
-    if labels.dtype.is_floating_point:
-        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-    if (labels < 0).all():
-        return logits.new_zeros(())
-    return F.cross_entropy(logits.float(), labels, ignore_index=-1, label_smoothing=smoothing)
 
 
 def _relative(features: Tensor | None, target: Tensor | None) -> Tensor:

@@ -1,0 +1,85 @@
+"""How far to go from the weights before training: both ends and the way between, chosen by a score on held-out images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from short import converted
+from torch import nn
+
+from acmize.images import Images
+from acmize.losses import task_loss, teacher_loss
+from acmize.models import load_model
+from acmize.phases.calibrate import set_budget
+from acmize.phases.finetune import FinetuneConfig
+from acmize.phases.interpolate import held_out_loss, interpolate_
+from acmize.quickstart_model import digits_dataset
+from acmize.recipe import resolve
+
+
+class Scalar(nn.Module):
+    """One weight and one buffer."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(value))
+        self.register_buffer("kept", torch.tensor(7.0))
+
+
+@pytest.mark.parametrize(("wanted", "share"), [(3.0, 1.0), (2.5, 0.75), (2.1, 0.5), (1.4, 0.25), (0.0, 0.0)])
+def test_the_share_of_least_score_is_left(wanted: float, share: float) -> None:
+    model = Scalar(3.0)
+    found = interpolate_(model, {"weight": torch.tensor(1.0)}, lambda: abs(model.weight.item() - wanted))
+    assert next(iter(found)) == share
+    assert found[share] == min(found.values())
+    assert len(found) == 5
+    assert model.weight.item() == pytest.approx(1 + 2 * share)
+    assert model.kept == 7
+
+
+def test_training_that_changed_nothing_for_the_better_is_kept_whole() -> None:
+    model = Scalar(3.0)
+    found = interpolate_(model, {"weight": torch.tensor(1.0)}, lambda: 0.0)
+    assert next(iter(found)) == 1.0
+    assert model.weight == 3
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return converted({"phases": []})
+
+
+@pytest.mark.parametrize(
+    ("weights", "teacher", "task"),
+    [({}, 1.0, 0.25), ({"teacher": 0.0, "task": 2.0}, 0.0, 2.0), ({"teacher": 0.0, "task": 0.0}, 1.0, 0.0)],
+)
+def test_held_out_loss_is_that_of_phase_3(model: Any, weights: dict[str, float], teacher: float, task: float) -> None:
+    dense = load_model("acmize_vit_digits")
+    images = Images(digits_dataset(), dense, resolve({"limit": 60, "batch_size": 4}))
+    batches = images.labelled(images.held)
+    found = held_out_loss(model, dense, model.plan, model.calibration, batches, FinetuneConfig(**weights))
+    inputs, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    assert len(inputs) % 4  # a last batch smaller than the others weighs less
+    expected = 0.0
+    with torch.no_grad():
+        for budget in model.calibration.budgets:
+            set_budget(model, model.plan, model.calibration, budget)
+            logits = model(inputs)
+            expected += teacher * teacher_loss(logits, dense(inputs)).item() + task * task_loss(logits, labels).item()
+    assert found == pytest.approx(expected / len(model.calibration.budgets), rel=1e-4)
+    assert found > 0
+
+
+def test_training_ruined_by_its_rate_is_left_behind() -> None:
+    options = {"phases": ["gates", "finetune"], "train": {"lr": 1.0}}
+    ruined = converted(options, {"train": {"lr": 1.0, "interpolate": False}})
+    kept = converted(options)
+    losses = kept.recipe["interpolated"]
+    assert next(iter(losses)) != "1"
+    assert losses["1"] > 2 * min(losses.values())
+    assert "interpolated" not in ruined.recipe
+    at = [[row["kl"] for row in m.results["results"]] for m in (kept, ruined)]
+    assert max(at[0]) < min(at[1])
+    
