@@ -55,15 +55,11 @@ class AcmMlp(AdaptiveModule):
 
     def _tokens_last(self, x: Tensor) -> Tensor:
         decision = self.decide(x)
-        if decision.keep is not None or ops.pick_backend(x) == "masked":
+        opaque = torch.compiler.is_compiling() and ops.act_name(self.act) is None
+        if opaque or decision.keep is not None or ops.pick_backend(x) == "masked":
             return self.forward_reference(x, decision)
-        choice = decision.choice.reshape(-1)
-        order = ops.sort_tokens(choice, self.gate.num_learners)
         ups = [(u.weight, u.bias) for u in (self.fc1_gate, self.fc1) if u is not None]
-        y = ops.mlp_sorted(
-            x.flatten(0, -2), ups, self._join, self.fc2.weight, self.fc2.table(), choice, order, self.fc2.bounds
-        )
-        return y.unflatten(0, x.shape[:-1])
+        return ops.mlp(x, ups, self.act, self.fc2.weight, self.fc2.table(), decision.choice[..., 0], self.fc2.bounds)
 
     def _join(self, first: Tensor, value: Tensor | None = None) -> Tensor:
         return self.act(first) if value is None else self.act(first) * value

@@ -333,7 +333,8 @@ class _Conversion:
         return results
 
     def _described(self) -> dict[str, Any]:
-        return {**self.recipe.to_dict(), "data": self.recipe.data or self.images.name, "seconds": self.seconds, **self.measured}
+        told = {"data": self.recipe.data or self.images.name, "seconds": self.seconds, **self.measured}
+        return {**self.recipe.to_dict(), **told}
 
 
 def evaluate_saved(

@@ -1,6 +1,6 @@
-"""The command line: `acmize plan | convert | eval | quickstart`. Tables for people, `--json` for programs.
+"""The command line: `acmize plan | convert | eval | bench | verify | quickstart`. Tables; `--json` for programs.
 
-Exit status: 0 done; 1 done, but a budget was missed; 2 something the user can mend, said on one line.
+Exit status: 0 done; 1 done, but a budget was missed or a check failed; 2 something the user can mend, said on one line.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ Exclude = Annotated[list[str] | None, typer.Option(help="globs of sites that sta
 Learners = Annotated[int | None, typer.Option(help="learners a site")]
 Width = Annotated[int | None, typer.Option("--learner-dim", help="hidden units of an MLP's learner")]
 Preset = Annotated[str, typer.Option(help="default, or paper (arXiv 2312.10193)")]
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
+DenseWeights = Annotated[Path | None, typer.Option("--weights", help="safetensors file of the dense model")]
+NoCompile = Annotated[bool, typer.Option("--no-compile", help="leave torch.compile out, which can take minutes")]
 Config = Annotated[Path | None, typer.Option(help="YAML file with any option of the recipe")]
 
 
@@ -264,6 +267,128 @@ def quickstart(
     out.print(f"saved in {output}: acmize.from_pretrained({str(output)!r}).set_budget(0.6)", highlight=False)
 
 
+# --- bench, verify --------------------------------------------------------------------------------------------
+
+
+@app.command()
+def bench(
+    source: Annotated[str | None, typer.Argument(metavar="DIR", help="folder or Hub repository")] = None,
+    data: Annotated[str | None, typer.Option(help="real inputs, since gates decide from them")] = None,
+    weights: DenseWeights = None,
+    budget: Annotated[list[float] | None, typer.Option(help="budgets; default: those it was saved with")] = None,
+    batch_size: Annotated[list[int] | None, typer.Option(help="images in a call; default: 1, 8, 32")] = None,
+    repeats: Annotated[int, typer.Option(help="timed calls of each model, budget and batch size")] = 30,
+    threads: Annotated[int | None, typer.Option(help="of PyTorch; default: as it is")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    device: Device = "cpu",
+    limit: Annotated[int, typer.Option(help="images at most")] = 256,
+    seed: Annotated[int, typer.Option(help="of the order of images")] = 0,
+    no_compile: NoCompile = False,
+    ops: Annotated[bool, typer.Option("--ops", help="time the primitives alone; DIR may be left out")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Milliseconds beside the dense model's, eager or compiled, on real inputs in turns."""
+    from acmize.bench import BATCH_SIZES, Setting, bench_ops, bench_saved
+    from acmize.hub import from_pretrained
+
+    setting = Setting(device=device, dtype=dtype, threads=threads, repeats=repeats, seed=seed)
+    if source is None and not ops:
+        raise AcmizeError("bench: found no model, expected a folder or repository; give DIR, or --ops for primitives")
+    found: dict[str, Any] = {}
+    if source is not None:
+        sizes = batch_size or BATCH_SIZES
+        found |= bench_saved(
+            from_pretrained(source), data, weights=weights, budgets=budget, batch_sizes=sizes, setting=setting,
+            limit=limit, compiled=not no_compile,
+        )  # fmt: skip
+    if ops:
+        found |= bench_ops(setting)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        print_bench(found)
+
+
+def print_bench(found: dict[str, Any]) -> None:
+    """Milliseconds of models and of primitives, each beside the dense ones."""
+    if found.get("results"):
+        table = _table("batch", "budget", "MACs ratio", "p50 ms", "p5", "p95", "p99", "speedup", "images/s", "peak MB")
+        for size in dict.fromkeys(r["batch_size"] for r in found["results"]):
+            rows = [r for r in found["results"] if r["batch_size"] == size]
+            dense = rows[0]["dense_latency_ms"]
+            cells = [*_milliseconds(dense), "1.00", f"{1e3 * size / dense['p50']:.1f}", "-"]
+            table.add_row(str(size), f"dense, {dense['form']}", "1.000", *cells)
+            for r in rows:
+                cells = [*_milliseconds(r["latency_ms"]), f"{r['speedup']:.2f}"]
+                cells += [f"{r['throughput']:.1f}", f"{r['peak_memory_mb']:.1f}"]
+                table.add_row(str(size), f"{r['budget']:g}", f"{r['macs_ratio']:.3f}", *cells)
+        out.print(table)
+        for fit in found["fit"]:
+            line = f"{fit['intercept']:.2f} + {fit['slope']:.2f} x MACs ratio"
+            out.print(f"batch of {fit['batch_size']}: milliseconds = {line}, r2 {fit['r2']:.3f}", highlight=False)
+    if found.get("ops"):
+        table = _table("primitive", "tokens", "learners", "MACs ratio", "p50 ms", "dense ms", "form", "efficiency")
+        for r in found["ops"]:
+            cells = [f"{r['macs_ratio']:.3f}", f"{r['latency_ms']['p50']:.2f}", f"{r['dense_latency_ms']['p50']:.2f}"]
+            cells += [r["dense_latency_ms"]["form"], f"{r['efficiency']:.2f}"]
+            table.add_row(r["op"], str(r["tokens"]), str(r["learners"]), *cells)
+        out.print(table)
+        out.print("efficiency: dense time x MACs ratio / time; 1 where every MAC left out is time saved")
+    out.print(f"{found['device']}, {found['threads']} threads, {found['dtype']}", highlight=False)
+
+
+def _milliseconds(latency: dict[str, Any]) -> list[str]:
+    return [f"{latency[p]:.2f}" for p in ("p50", "p5", "p95", "p99")]
+
+
+def _table(*columns: str) -> Table:
+    """Columns of numbers, the first one of names."""
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right")
+    return table
+
+
+@app.command()
+def verify(
+    source: Annotated[str, typer.Argument(metavar="DIR", help="folder or Hub repository of an adaptive model")],
+    data: Annotated[str | None, typer.Option(help="real inputs; without them, noise")] = None,
+    weights: DenseWeights = None,
+    limit: Annotated[int, typer.Option(help="images")] = 4,
+    seed: Annotated[int, typer.Option(help="of images, noise and random choices")] = 0,
+    device: Device = "cpu",
+    no_compile: NoCompile = False,
+    as_json: AsJson = False,
+) -> None:
+    """Whether all ways of running a saved model give the same answers on this machine."""
+    from acmize.hub import from_pretrained
+    from acmize.verify import verify_saved
+
+    compiler = None if no_compile else "inductor"
+    model = from_pretrained(source)
+    found = verify_saved(model, data, weights=weights, limit=limit, seed=seed, device=device, compiler=compiler)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        print_checks(found)
+    if not found["ok"]:
+        failed = sum(not check["ok"] for check in found["checks"])
+        err.print(f"acmize: {failed} of {len(found['checks'])} checks failed", style="bold red", highlight=False)
+        raise typer.Exit(1)
+
+
+def print_checks(found: dict[str, Any]) -> None:
+    """One row for each check: what was run, how far it was off, what is allowed."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("check", "what", "max abs difference", "tolerance", "ok", "note"):
+        table.add_column(column, justify="right" if column in ("max abs difference", "tolerance") else "left")
+    for c in found["checks"]:
+        numbers = ["-" if x is None else f"{x:.1e}" for x in (c["difference"], c["tolerance"])]
+        table.add_row(c["check"], c["what"], *numbers, "yes" if c["ok"] else "NO", c["note"])
+    out.print(table)
+    out.print(f"{found['samples']} samples of {found['inputs']} on {found['device']}", highlight=False)
+
+
 # --- options --------------------------------------------------------------------------------------------------
 
 
@@ -299,4 +424,4 @@ def _phases(text: str | None) -> tuple[str, ...] | None:
     return named_phases(text)
 
 
-__all__ = ["app", "main", "print_plan", "print_results"]
+__all__ = ["app", "main", "print_bench", "print_checks", "print_plan", "print_results"]

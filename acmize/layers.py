@@ -41,10 +41,7 @@ class Expand(nn.Linear):
         """X (..., D) -> (..., H * U), zero beyond each token's width."""
         if decision.keep is not None or ops.pick_backend(x) == "masked":
             return self.masked(x, decision)
-        choice = decision.choice.reshape(-1)
-        order = ops.sort_tokens(choice, len(self.bounds) - 1)
-        out = ops.expand_sorted(x.flatten(0, -2), self.weight, self.bias, order, self.bounds, self.heads)
-        return out.unflatten(0, x.shape[:-1])
+        return ops.expand(x, self.weight, self.bias, decision.choice, self.bounds, self.heads)
 
     def all_choices(self, x: Tensor) -> Tensor:
         """X (M, D) -> (M, N + 1, H * U): the output of every choice."""
@@ -56,11 +53,13 @@ class Expand(nn.Linear):
 class Contract(nn.Linear):
     """A linear layer that reads only each token's width, and adds one bias for each learner that ran.
 
-    `learner_bias` (N, O) holds beta_n; `bias` (O,) is what is left at k = 0.
+    `learner_bias` (N, O) holds beta_n; `bias` (O,) is what is left at k = 0. The memory of `weight` (O, U) is that of
+    (U, O): a learner's columns lie together, which is what a product with them needs to be fast.
     """
 
     def __init__(self, in_features: int, out_features: int, bounds: tuple[int, ...], heads: int = 1) -> None:
         super().__init__(in_features, out_features, bias=True)
+        self.weight = nn.Parameter(self.weight.detach().T.contiguous().T)
         self.bounds, self.heads = bounds, heads
         self.learner_bias = nn.Parameter(torch.zeros(len(bounds) - 1, out_features))
 
@@ -78,10 +77,7 @@ class Contract(nn.Linear):
         """H (..., H * U) -> (..., O)."""
         if decision.keep is not None or ops.pick_backend(h) == "masked":
             return self.masked(h, decision)
-        choice = decision.choice.reshape(-1)
-        order = ops.sort_tokens(choice, len(self.bounds) - 1)
-        y = ops.contract_sorted(h.flatten(0, -2), self.weight, self.table(), choice, order, self.bounds, self.heads)
-        return y.unflatten(0, h.shape[:-1])
+        return ops.contract(h, self.weight, self.table(), decision.choice, self.bounds, self.heads)
 
     def all_choices(self, h: Tensor) -> Tensor:
         """H (M, H * U) -> (M, N + 1, O): the output of every choice at once, for distillation."""
@@ -119,17 +115,14 @@ class LowRank(nn.Module):
     def __init__(self, dim: int, out: int, bounds: tuple[int, ...]) -> None:
         super().__init__()
         self.fc1, self.fc2 = Expand(dim, bounds[-1], True, bounds), Contract(bounds[-1], out, bounds)
+        self.act = nn.Identity()
 
     def forward(self, x: Tensor, decision: Decision) -> Tensor:
         """X (..., D) -> (..., O)."""
         if decision.keep is not None or ops.pick_backend(x) == "masked":
             return self.masked(x, decision)
-        choice = decision.choice.reshape(-1)
-        order = ops.sort_tokens(choice, len(self.fc1.bounds) - 1)
         ups = [(self.fc1.weight, self.fc1.bias)]
-        table = self.fc2.table()
-        y = ops.mlp_sorted(x.flatten(0, -2), ups, _same, self.fc2.weight, table, choice, order, self.fc1.bounds)
-        return y.unflatten(0, x.shape[:-1])
+        return ops.mlp(x, ups, self.act, self.fc2.weight, self.fc2.table(), decision.choice, self.fc1.bounds)
 
     def masked(self, x: Tensor, decision: Decision) -> Tensor:
         """All the work, then a mask."""
@@ -138,7 +131,3 @@ class LowRank(nn.Module):
     def all_choices(self, x: Tensor) -> Tensor:
         """X (M, D) -> (M, N + 1, O)."""
         return self.fc2.all_choices(F.linear(x, self.fc1.weight, self.fc1.bias))
-
-
-def _same(x: Tensor) -> Tensor:
-    return x

@@ -97,10 +97,10 @@ def test_commands_and_options_exist(page: Path) -> None:
 
 
 def test_a_wrong_command_is_found() -> None:
-    text = "```sh\nacmize bench out\nacmize plan MODEL --fast\n```\n"
+    text = "```sh\nacmize sing out\nacmize plan MODEL --fast\n```\n"
     text += "`acmize eval DIR --data D`, `--slow`, `acmize --version`"
     assert wrong_commands(text) == [
-        "acmize bench: no such command",
+        "acmize sing: no such command",
         "acmize plan --fast: no such option",
         "--slow: no such option",
     ]

@@ -18,7 +18,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "acmize"
 ORDER = (
     ("__about__", "errors"),
     ("registry",),
-    ("ops", "kernels", "cost"),  # cost counts the work of any module and knows nothing of ours
+    ("kernels",),
+    ("ops", "cost"),  # cost counts the work of any module and knows nothing of ours
     ("gates",),
     ("layers",),
     ("adaptive",),
@@ -36,6 +37,7 @@ ORDER = (
     ("evaluate",),
     ("hub",),
     ("api",),
+    ("bench", "verify"),
     ("quickstart",),
     ("export", "report"),
     ("cli",),

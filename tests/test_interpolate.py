@@ -1,4 +1,4 @@
-"""How far to go from the weights before training: both ends and the way between, chosen by a score on held-out images."""
+"""How far to go from the weights before training: both ends and the way between, the least score chosen."""
 
 from __future__ import annotations
 
@@ -82,4 +82,3 @@ def test_training_ruined_by_its_rate_is_left_behind() -> None:
     assert "interpolated" not in ruined.recipe
     at = [[row["kl"] for row in m.results["results"]] for m in (kept, ruined)]
     assert max(at[0]) < min(at[1])
-    

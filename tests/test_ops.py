@@ -13,6 +13,8 @@ from acmize import ops
 from acmize.gates import Decision
 from acmize.layers import Contract, Expand, LowRank
 
+HERE = tuple(name for name in ops.BACKENDS if name != "triton")  # see test_kernels.py
+
 BOUNDS = {"even": (0, 4, 8, 12), "uneven": (0, 1, 7, 12)}
 D, OUT = 6, 5
 
@@ -60,7 +62,7 @@ def test_backends_agree_with_the_definition(kind: str, bounds: tuple[int, ...], 
     x, h = torch.randn(len(choice), D), torch.randn(len(choice), 12 * heads)
     for layer, z in ((expand, x), (contract, h)):
         expected = by_loops(layer, z, choice)
-        for backend in ops.BACKENDS:
+        for backend in HERE:
             with ops.use_backend(backend):
                 torch.testing.assert_close(layer(z, Decision(choice)), expected, rtol=1e-5, atol=1e-5)
 
@@ -81,13 +83,13 @@ def test_low_rank_backends_agree(kind: str) -> None:
 def test_leading_axes_are_kept() -> None:
     layer, x = Expand(D, 12, False, BOUNDS["even"]), torch.randn(2, 3, 4, D)
     choice = torch.randint(0, 4, (2, 3, 4))
-    for backend in ops.BACKENDS:
+    for backend in HERE:
         with ops.use_backend(backend):
             assert layer(x, Decision(choice)).shape == (2, 3, 4, 12)
             assert layer(x[:0], Decision(choice[:0])).shape == (0, 3, 4, 12)
 
 
-@pytest.mark.parametrize("backend", ops.BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 @torch.no_grad()
 def test_a_token_does_not_depend_on_its_mates(backend: str) -> None:
     choice = choices("random")
@@ -113,10 +115,55 @@ def test_all_choices_is_each_choice() -> None:
             torch.testing.assert_close(every[:, k], one, rtol=1e-5, atol=1e-5)
 
 
-def test_runs_of_equal_count_are_one_product() -> None:
+@pytest.mark.parametrize(
+    ("unit_macs", "runs"),
+    [
+        (1_000_000, [(3, 0, 2, False), (2, 2, 6, False)]),  # learners of the same tokens are one product
+        (500_000, [(3, 0, 6, True)]),  # one token computed in vain for four units costs less than another product
+        (500_001, [(3, 0, 2, False), (2, 2, 6, False)]),
+    ],
+)
+def test_learners_are_joined_where_it_pays(unit_macs: int, runs: list[tuple[int, int, int, bool]]) -> None:
     order = ops.sort_tokens(torch.tensor([3, 3, 1]), 4)
     assert order.counts == [3, 2, 2, 0]
-    assert list(ops._runs(order, (0, 2, 4, 6, 8))) == [(3, 0, 2), (2, 2, 6)]
+    assert order.choice.tolist() == [3, 3, 1]
+    assert ops.plan_runs(order.counts, (0, 2, 4, 6, 8), unit_macs) == [ops.Run(*run) for run in runs]
+
+
+@pytest.mark.parametrize("overhead", [0, 10**9], ids=["a product each", "one product"])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_joined_or_not_the_outputs_agree(kind: str, overhead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "OVERHEAD_MACS", overhead)
+    choice, bounds = choices(kind), BOUNDS["uneven"]
+    expand, contract = Expand(D, 36, True, bounds, 3), Contract(36, OUT, bounds, 3)
+    low = LowRank(D, OUT, bounds)
+    for layer in (contract, low.fc2):
+        layer.learner_bias.normal_()
+    x, h = torch.randn(len(choice), D), torch.randn(len(choice), 36)
+    for layer, z in ((expand, x), (contract, h), (low, x)):
+        found, expected = layer(z, Decision(choice)), layer.masked(z, Decision(choice))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_onednn_and_rounded_rows_agree(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    gemm = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(ops, "ONEDNN_MACS", 0)
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_linear_pointwise", lambda x, *rest: (used.append(len(x)), gemm(x, *rest))[1]
+    )
+    choice, bounds = choices(kind), BOUNDS["uneven"]
+    expand, contract = Expand(D, 36, True, bounds, 3), Contract(36, OUT, bounds, 3)
+    low = LowRank(D, OUT, bounds)
+    for layer, z in ((expand, torch.randn(len(choice), D)), (contract, torch.randn(len(choice), 36)), (low, None)):
+        z = torch.randn(len(choice), D) if z is None else z
+        found, expected = layer(z, Decision(choice)), layer.masked(z, Decision(choice))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert bool(used) == bool(choice.sum())
+    assert all(rows % 16 == 0 or rows == len(choice) for rows in used)
 
 
 @pytest.mark.parametrize(("units", "num"), [(12, 4), (10, 4), (7, 7), (64, 8), (5, 1)])

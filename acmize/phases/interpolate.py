@@ -3,8 +3,8 @@
     theta(share) = (1 - share) * theta_before + share * theta_after
 
 Finetuning on little data moves the model away from the dense one, most visibly at the large budgets, which had nothing
-to gain. On the line between the two ends there is often a model better than both (WiSE-FT, arXiv 2109.01903, eq. 1; there
-the ends are a zero-shot and a finetuned model). Both ends are on the line, so training never makes it worse on these
+to gain. On the line between the two ends there is often a model better than both (WiSE-FT, arXiv 2109.01903, eq. 1,
+where the ends are a zero-shot and a finetuned model). Both ends are tried, so training never makes it worse on these
 images.
 """
 
