@@ -225,7 +225,7 @@ def expand_sorted(
     for run in plan_runs(order.counts, bounds, heads * weight.shape[1]):
         count, lo, hi = run.count, run.lo, run.hi
         part_w = w[:, lo:hi].flatten(0, 1)
-        part = _gemm(x[: _rows(count, x, part_w)], part_w, None if b is None else b[:, lo:hi].flatten())
+        part = gemm(x[: _rows(count, x, part_w)], part_w, None if b is None else b[:, lo:hi].flatten())
         part = part[:count].unflatten(-1, (heads, -1))
         h[:count, :, lo:hi] = part * _runs_unit(order, run, bounds).unsqueeze(1) if run.cut else part
     return torch.empty_like(h).index_copy_(0, order.index, h).flatten(1)
@@ -245,7 +245,7 @@ def contract_sorted(
         if run.cut:
             part = part.contiguous()
             part[:count] *= _runs_unit(order, run, bounds).unsqueeze(1)
-        y[:count] += _gemm(part.flatten(1), part_w)[:count]
+        y[:count] += gemm(part.flatten(1), part_w)[:count]
     return torch.empty_like(y).index_copy_(0, order.index, y)
 
 
@@ -258,11 +258,11 @@ def mlp_sorted(
     for run in plan_runs(order.counts, bounds, len(ups) * x.shape[1] + y.shape[1]):
         count, lo, hi = run.count, run.lo, run.hi
         rows = x[: _rows(count, x, down[:, lo:hi])]
-        first, *value = (_gemm(rows, w[lo:hi], None if b is None else b[lo:hi]) for w, b in ups)
+        first, *value = (gemm(rows, w[lo:hi], None if b is None else b[lo:hi]) for w, b in ups)
         hidden = act(first) * value[0] if value else act(first)
         if run.cut:
             hidden[:count] *= _runs_unit(order, run, bounds)
-        y[:count] += _gemm(hidden, down[:, lo:hi])[:count]
+        y[:count] += gemm(hidden, down[:, lo:hi])[:count]
     return torch.empty_like(y).index_copy_(0, order.index, y)
 
 
@@ -294,7 +294,7 @@ def _rows(count: int, x: Tensor, weight: Tensor) -> int:
     return min(len(x), -(-count // step) * step)
 
 
-def _gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`; by oneDNN where that is fast, which it is not (by three orders) for weights with gaps in memory."""
     large = len(x) * weight.numel() >= ONEDNN_MACS and (weight.is_contiguous() or weight.T.is_contiguous())
     if large and _onednn(x):
