@@ -2,8 +2,8 @@
 
 Gates decide from data, so one tensor run again and again would time one set of choices: every call gets another batch
 of real inputs. Dense and adaptive take turns on the same batch, so that whatever else the machine does falls on both,
-and the fastest of the dense model's forms (eager, compiled, eager with the matrix products of `ops`) is the one to beat:
-a faster library is no merit of ours.
+and the fastest form of the dense model (eager, compiled, eager with the matrix products of `ops`) is the one to beat: a
+faster library is no merit of ours.
 """
 
 from __future__ import annotations
@@ -303,8 +303,9 @@ def bench_model(
     Returns:
         {"device", "threads", "dtype", "results", "fit"}. A result has model, batch_size, budget, macs_ratio (of the
         very inputs that were timed), latency_ms of a batch (p5, p50, p95, p99), dense_latency_ms (the same of the
-        faster form, and "form"), speedup of the medians, throughput in images a second, peak_memory_mb and dense_peak_memory_mb. A fit has
-        intercept and slope of latency = intercept + slope * macs_ratio in milliseconds, and r2, for each batch size.
+        fastest form, and "form"), speedup of the medians, throughput in images a second, peak_memory_mb and
+        dense_peak_memory_mb. A fit has intercept and slope of latency = intercept + slope * macs_ratio in milliseconds,
+        and r2, for each batch size.
 
     Raises:
         AcmizeError: a budget out of reach, or more images in a batch than there are.

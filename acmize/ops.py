@@ -19,7 +19,6 @@ Shapes: M tokens, D input width, H heads, U units of a head, O output width, N l
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -29,6 +28,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from acmize.kernels import linear
+from acmize.kernels.order import order_on_device
 
 Act = Callable[[Tensor], Tensor]
 Up = tuple[Tensor, Tensor | None]
@@ -59,7 +61,7 @@ def pick_backend(x: Tensor) -> str:
     if torch.is_grad_enabled():
         return "masked"
     if x.device.type != "cpu":
-        return "triton" if x.device.type == "cuda" and _triton_is_there() else "masked"
+        return "triton" if x.device.type == "cuda" and linear.is_available(x.device) else "masked"
     if torch.is_autocast_enabled("cpu"):  # which does not reach the in-place products of `sorted`
         return "masked"
     return "sorted"
@@ -130,17 +132,13 @@ def mlp(
 
 def _expand(x: Tensor, weight: Tensor, bias: Tensor | None, choice: Tensor, bounds: list[int], heads: int) -> Tensor:
     if pick_backend(x) == "triton":
-        from acmize.kernels import linear, order
-
-        return linear.expand(x, weight, bias, order.order_on_device(choice, bounds), heads)
+        return linear.expand(x, weight, bias, order_on_device(choice, bounds), heads)
     return expand_sorted(x, weight, bias, sort_tokens(choice, len(bounds) - 1), bounds, heads)
 
 
 def _contract(h: Tensor, weight: Tensor, table: Tensor, choice: Tensor, bounds: list[int], heads: int) -> Tensor:
     if pick_backend(h) == "triton":
-        from acmize.kernels import linear, order
-
-        return linear.contract(h, weight, table, order.order_on_device(choice, bounds), heads)
+        return linear.contract(h, weight, table, order_on_device(choice, bounds), heads)
     return contract_sorted(h, weight, table, sort_tokens(choice, len(bounds) - 1), bounds, heads)
 
 
@@ -149,17 +147,11 @@ def _mlp(
 ) -> Tensor:
     if pick_backend(x) != "triton":
         return mlp_sorted(x, ups, act, down, table, sort_tokens(choice, len(bounds) - 1), bounds)
-    from acmize.kernels import linear, order
-
-    tokens, name = order.order_on_device(choice, bounds), _FUSED.get(act_name(act) or "")
+    tokens, name = order_on_device(choice, bounds), _FUSED.get(act_name(act) or "")
     if name is not None:
         return linear.mlp(x, ups, name, down, table, tokens)
     first, *value = (linear.expand(x, w, b, tokens) for w, b in ups)
     return linear.contract(act(first) * value[0] if value else act(first), down, table, tokens)
-
-
-def _triton_is_there() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 # --- sorted: CPU inference ------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -226,8 +225,7 @@ def _checks(model: Any, inputs: Tensor, dense: nn.Module | None, seed: int, comp
 
 def backends(device: torch.device) -> list[str]:
     """The backends of `ops` that can run on a device, the plain one first."""
-    triton = device.type == "cuda" and find_spec("triton") is not None
-    return [b for b in ops.BACKENDS if b != "triton" or triton]
+    return [b for b in ops.BACKENDS if b != "triton" or is_available(device)]
 
 
 def kinds(model: nn.Module, seed: int) -> dict[str, Choose | None]:
