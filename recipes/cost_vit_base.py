@@ -1,10 +1,12 @@
 """What a conversion costs: time and peak memory for ViT-B/16, label-free, on 256 photographs.
 
 Command:   python recipes/cost_vit_base.py --output runs/cost
+           python recipes/cost_vit_base.py --output runs/cost --bench     and what it gains in time
            python recipes/cost_vit_base.py --smoke            the digits model, under a minute
 Shows:     seconds of each stage and the largest resident memory of the process (`ru_maxrss`: Python, torch, the
            photographs and both models included) for `vit_base_patch16_224` with `--phases none`. The weights are
            random: time and memory do not depend on them, accuracy means nothing here and is not printed.
+           With --bench: as `acmize bench`, for batches of 1 and 8 and budgets that the calibration met.
 Data:      generated photographs (smooth colour noise, seed 0), 256 a split or --limit of them; nothing is read.
 Seed:      0.
 Hardware:  not yet run.
@@ -26,8 +28,12 @@ import numpy as np
 import torch
 
 from acmize.api import convert
+from acmize.bench import Setting, bench_model
+from acmize.images import Images
 from acmize.models import architecture
 from acmize.recipe import resolve
+
+BUDGETS = (1.0, 0.75, 0.5, 0.35)
 
 
 def generated(count: int, size: int, channels: int, seed: int) -> Any:
@@ -55,33 +61,44 @@ def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def cell(row: dict[str, Any]) -> str:
+    """A row of `bench_model` in a few characters."""
+    return f"{row['speedup']:.2f} ({row['batch_size']} @ {row['budget']:g})"
+
+
 def main() -> None:
     """Convert, print what it cost."""
     parser = common.parser(__doc__ or "", __file__)
     parser.add_argument("--model", default="vit_base_patch16_224")
+    parser.add_argument("--bench", action="store_true", help="time the result beside the dense model")
     args = parser.parse_args()
     options = common.start(args, __file__)
     rows = common.Rows(args, __file__)
 
+    torch.manual_seed(args.seed)
+    model = architecture("acmize_vit_digits" if args.smoke else args.model).to(args.device)
+    channels, _, size = model.pretrained_cfg["input_size"]
+    count = options.get("limit") or 256
+    data, loaded = generated(count, size, channels, args.seed), peak_gb()
+    recipe = resolve(options, {"phases": (), "budget": 0.5, "budgets": BUDGETS})
+
     def measure() -> common.Row:
-        torch.manual_seed(args.seed)
-        model = architecture("acmize_vit_digits" if args.smoke else args.model).to(args.device)
-        channels, _, size = model.pretrained_cfg["input_size"]
-        count = options.get("limit") or 256
-        data, loaded = generated(count, size, channels, args.seed), peak_gb()
-        recipe = resolve(options, {"phases": (), "budget": 0.5, "budgets": (0.75, 0.5)})
         start = time.perf_counter()
         made = convert(model, data=data, recipe=recipe)
-        seconds = time.perf_counter() - start
-        stages = made.recipe["seconds"]
-        return {
-            "seconds": seconds,
-            "stages": stages,
+        found = {
+            "seconds": time.perf_counter() - start,
+            "stages": made.recipe["seconds"],
             "images": count,
             "parameters": sum(p.numel() for p in model.parameters()),
             "before_gb": loaded,
             "peak_gb": peak_gb(),
         }
+        return {**found, "bench": timed(made)} if args.bench else found
+
+    def timed(made: Any) -> Any:
+        images = Images(data, model, recipe)
+        inputs = torch.cat(list(images.batches(images.test)))
+        return bench_model(made, model, inputs, None, (1, 8), Setting(device=args.device, seed=args.seed))
 
     rows.measure("acmize_vit_digits" if args.smoke else args.model, measure)
     rows.show(
@@ -92,6 +109,7 @@ def main() -> None:
             "seconds": lambda _, r: f"{r['seconds']:.0f}",
             "of these": lambda _, r: ", ".join(f"{k} {v:.0f}" for k, v in r["stages"].items()),
             "peak memory": lambda _, r: f"{r['peak_gb']:.2f} GB ({r['before_gb']:.2f} before)",
+            "speedup (batch @ budget)": lambda _, r: ", ".join(map(cell, r.get("bench", {}).get("results", []))),
         }
     )
 
