@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Read by the Hugging Face libraries when they are imported, so it has to be said before any import of them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="acmize-tests-")  # neither helped nor hurt by an older run
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -23,6 +27,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 # One thread for every worker of `pytest -n 2`; it also makes sums independent of the machine's core count.
 torch.set_num_threads(1)

@@ -23,14 +23,6 @@ from acmize.quickstart_model import digits, digits_dataset
 COLUMNS = {"budget", "macs_ratio", "macs_ratio_std", "macs", "accuracy", "agreement", "kl", "missed"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    patch = pytest.MonkeyPatch()
-    patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    yield
-    patch.undo()
-
-
 @pytest.fixture(scope="module")
 def model() -> Any:
     return converted()

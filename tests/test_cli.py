@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 from safetensors.torch import load_file, save_file
 from short import MODEL, command, config_file, converted, image_folder, picture, refused
@@ -19,14 +18,6 @@ import acmize
 from acmize.hub import from_pretrained, save_pretrained
 
 PACKAGED = Path(acmize.__file__).parent / "assets" / "vit_digits.safetensors"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    patch = pytest.MonkeyPatch()
-    patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    yield
-    patch.undo()
 
 
 @pytest.fixture(scope="module")

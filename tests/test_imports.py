@@ -37,7 +37,7 @@ ORDER = (
     ("evaluate",),
     ("hub",),
     ("api",),
-    ("bench", "verify"),
+    ("bench", "verify", "serve"),
     ("quickstart",),
     ("export", "report"),
     ("cli",),
