@@ -343,6 +343,7 @@ def evaluate_saved(
     budgets: Sequence[float] | None = None,
     *,
     weights: str | Path | None = None,
+    dense: nn.Module | None = None,
     limit: int | None = None,
     batch_size: int = 32,
 ) -> dict[str, Any]:
@@ -353,6 +354,7 @@ def evaluate_saved(
         data: anything `datasets.load_dataset` opens.
         budgets: to evaluate; by default those it was saved with.
         weights: safetensors file of the dense model; without it the converted model at full width stands for it.
+        dense: the dense model itself, in place of its weights.
         limit: samples at most.
         batch_size: images in a batch.
     """
@@ -361,15 +363,17 @@ def evaluate_saved(
     which = "test" if splits.test is not None else "train"
     images = cached(ImageSet.of(splits, which, model))
     batches = Batches(images, batch_size, next(model.parameters()).device)
-    if weights is not None:
-        dense = reference(load_model(model.base["architecture"], weights, **model.base["kwargs"]), batches)
+    if dense is None and weights is not None:
+        dense = load_model(model.base["architecture"], weights, **model.base["kwargs"])
+    if dense is not None:
+        answers = reference(dense, batches)
     else:
         set_schedule(model, ())
         with choosing(model, full_width):
-            dense = reference(model, batches)
+            answers = reference(model, batches)
     saved = [row["budget"] for row in model.results.get("results", [])]
-    results = evaluate(model, model.plan, model.calibration, batches, dense, budgets or saved or (0.5,))
-    return {**results, "split": which, "dense_is": "base weights" if weights is not None else "full width"}
+    results = evaluate(model, model.plan, model.calibration, batches, answers, budgets or saved or (0.5,))
+    return {**results, "split": which, "dense_is": "base weights" if dense is not None else "full width"}
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -142,7 +142,8 @@ def convert(
     data: Annotated[str, typer.Option(help="image folder or anything datasets.load_dataset opens")],
     output: Annotated[Path, typer.Option("-o", "--output", help="folder for the result")],
     weights: Weights = None,
-    budget: Annotated[float | None, typer.Option(help="share of the dense MACs, 0..1")] = None,
+    budget: Annotated[str | None, typer.Option(help="share of the dense MACs, 0..1, or a time: 20ms")] = None,
+    latency_batch: Annotated[int, typer.Option(help="images in a batch that --budget 20ms speaks of")] = 1,
     phases: Annotated[str | None, typer.Option(help="all, none, or some of distill,gates,finetune")] = None,
     preset: Preset = "default",
     config: Config = None,
@@ -162,11 +163,13 @@ def convert(
     """Make a pretrained model adaptive, measure it and save it."""
     from acmize.api import convert as run
     from acmize.hub import base_of, check_replaceable
+    from acmize.latency import parse_budget
     from acmize.models import load_model
 
+    share, target_ms = (None, None) if budget is None else parse_budget(budget)
     flags: dict[str, Any] = {
         **_acm(num_learners, learner_dim),
-        **_given(budget=budget, limit=limit, batch_size=batch_size, seed=seed, merge=_merge(merge), data=data),
+        **_given(budget=share, limit=limit, batch_size=batch_size, seed=seed, merge=_merge(merge), data=data),
         **_given(target_modules=_tuple(target_modules), exclude=_tuple(exclude), phases=_phases(phases)),
     }
     if gate_labels is not None:
@@ -178,7 +181,34 @@ def convert(
     dense = load_model(model, weights)
     work = output.absolute().with_name(output.absolute().name + ".work")
     made = run(dense, data=data, recipe=recipe, base=base_of(dense), work=work, resume=resume, output=output)
+    met = target_ms is None or _keep_time(made, dense, data, output, target_ms, latency_batch)
     _report(made.results, as_json)
+    if not met:
+        raise typer.Exit(1)
+
+
+def _keep_time(model: Any, dense: Any, data: str, output: Path, target_ms: float, batch: int) -> bool:
+    """Leave the model at the largest budget that keeps a time, and save what was measured; whether there is one."""
+    from acmize.api import evaluate_saved
+    from acmize.bench import Setting, real_images
+    from acmize.hub import save_pretrained
+    from acmize.latency import budget_for
+
+    images = real_images(model, data, limit=max(64, batch), seed=model.recipe["seed"])
+    found = budget_for(model, images, target_ms, batch_size=batch, setting=Setting(seed=model.recipe["seed"]))
+    measured = evaluate_saved(model, data, [found["budget"]], dense=dense, limit=model.recipe["limit"])
+    rows = [row for row in model.results["results"] if row["budget"] != found["budget"]]
+    model.results["results"] = sorted([*rows, *measured["results"]], key=lambda row: -row["budget"])
+    model.results["latency"] = found
+    model.set_budget(found["budget"])
+    save_pretrained(model, output)
+    spent = next(row["latency_ms"] for row in found["table"] if row["budget"] == found["budget"])
+    told = f"{spent['p50']:.2f} ms (p95 {spent['p95']:.2f}) a batch of {batch} at budget {found['budget']:.3f}"
+    if found["met"]:
+        err.print(f"{told}, asked {target_ms:g} ms", highlight=False)
+    else:
+        err.print(f"acmize: budget {target_ms:g}ms: found {told}, the lowest; ask for more", style="bold red")
+    return found["met"]
 
 
 def _report(results: dict[str, Any], as_json: bool) -> None:

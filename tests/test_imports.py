@@ -37,7 +37,7 @@ ORDER = (
     ("evaluate",),
     ("hub",),
     ("api",),
-    ("bench", "verify", "serve"),
+    ("bench", "verify", "serve", "latency"),
     ("quickstart",),
     ("export", "report"),
     ("cli",),
