@@ -175,6 +175,8 @@ def model_card(model: Any) -> str:
         text += [*results_table(model.results), ""]
         data, seed = model.recipe.get("data", "?"), model.recipe.get("seed", "?")
         text += [f"Measured on {model.results.get('samples', '?')} test samples of `{data}`, seed {seed}.", ""]
+    if "latency" in model.results:
+        text += [*latency_table(model.results["latency"]), ""]
     text += ["Budget: mean executed MACs of the whole model, gates included, over the dense model's MACs.", ""]
     return "\n".join(text)
 
@@ -192,6 +194,16 @@ def results_table(results: dict[str, Any]) -> list[str]:
         f"| {r['budget']:g} | {r['macs_ratio']:.3f} | {percent(r['accuracy'])} | {percent(r['agreement'])} |"
         for r in results["results"]
     ]
+    return rows
+
+
+def latency_table(found: dict[str, Any]) -> list[str]:
+    """Markdown rows of what `latency.budget_for` measured."""
+    where = f"{found['device']}, {found['threads']} threads, {found['dtype']}"
+    rows = [f"Milliseconds of a batch of {found['batch_size']} ({where}); asked: {found['target_ms']:g}.", ""]
+    rows += ["| budget | median | p95 |", "|---|---|---|"]
+    for row in found["table"]:
+        rows.append(f"| {row['budget']:.3f} | {row['latency_ms']['p50']:.2f} | {row['latency_ms']['p95']:.2f} |")
     return rows
 
 

@@ -96,6 +96,9 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Any, data: Path, t
     kept = from_pretrained(tmp_path / "kept")
     assert kept.budget == found["budget"]
     assert kept.results["latency"] == found
+    card = (tmp_path / "kept" / "README.md").read_text()
+    assert "Milliseconds of a batch of 2" in card
+    assert all(f"| {row['budget']:.3f} | {row['latency_ms']['p50']:.2f} |" in card for row in found["table"])
     assert command(monkeypatch, *words, tmp_path / "missed", "--budget", "1ms") == 1
     captured = capsys.readouterr()
     assert "budget 1ms: found" in captured.err
