@@ -39,7 +39,7 @@ from acmize.models import load_model
 from acmize.phases.calibrate import Calibration, calibrate, set_budget
 from acmize.phases.distill import distill, distillable
 from acmize.phases.finetune import drawn_budget, finetune
-from acmize.phases.interpolate import held_out_loss, interpolate_
+from acmize.phases.interpolate import held_out_score, interpolate_
 from acmize.phases.pretrain_gates import collect_errors, fit_classification_gates, fit_damage_gates
 from acmize.plan import Plan, Refusal
 from acmize.recipe import Recipe, resolve
@@ -306,13 +306,13 @@ class _Conversion:
             config=loop, mix=mix, **self._checkpoint(),
         )  # fmt: skip
         if train.interpolate:
-            losses = interpolate_(self.model, before, self._held_out_loss)
-            self.measured["interpolated"] = {f"{share:g}": value for share, value in losses.items()}
+            scores = interpolate_(self.model, before, self._held_out_score)
+            self.measured["interpolated"] = {f"{share:g}": value for share, value in scores.items()}
 
-    def _held_out_loss(self) -> float:
+    def _held_out_score(self) -> float:
         calibration = self._calibrate((0.9, 0.6, 0.4), 0.02)
         held = self.images.labelled(self.images.held)
-        return held_out_loss(self.model, self.dense, self.plan, calibration, held, self.recipe.losses)
+        return held_out_score(self.model, self.dense, self.plan, calibration, held)
 
     def _calibrate(self, budgets: Iterable[float], tolerance: float = 0.0025) -> Calibration:
         batches = list(self.images.batches(self.images.held, 64 if tolerance > 0.01 else 200))
