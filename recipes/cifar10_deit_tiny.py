@@ -194,7 +194,7 @@ def main() -> None:
 
     rows = common.Rows(args, __file__)
     rows.measure("dense", lambda: common.dense_row(bench))
-    rows_of = {"adaptive": lambda b: bench.gated(adaptive(), b), "static width": static_row, "fewer blocks": small_row}
+    rows_of = {"adaptive": lambda b: bench.gated(adaptive(), b), "fewer blocks": small_row, "static width": static_row}
     for name, measure in rows_of.items():
         for budget in budgets:
             rows.measure(f"{name} @ {budget:g}", lambda m=measure, b=budget: m(b))

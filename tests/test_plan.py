@@ -12,7 +12,7 @@ import torch
 from tiny import CONFIG, HOSTS, Mine, Random, adapted, half_width, images, inputs_for, plan_of, vit
 from torch import nn
 
-from acmize import AcmConfig, AcmizeError, Plan
+from acmize import AcmConfig, AcmizeError, Plan, ops
 from acmize.cost import count_macs
 from acmize.gates import Gate, choosing, full_width, gates_of, record
 from acmize.hosts import make_plan
@@ -196,8 +196,9 @@ def test_dense_macs_by_hand() -> None:
 @pytest.mark.parametrize("name", HOSTS)
 @pytest.mark.parametrize("choices", ["random", "full", "half"])
 @torch.no_grad()
-def test_analytic_macs_are_those_of_the_work_done(name: str, choices: str) -> None:
+def test_analytic_macs_are_those_of_the_work_done(name: str, choices: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sorted backend's products, counted by `FlopCounterMode`, against the recorder's sum."""
+    monkeypatch.setattr(ops, "OVERHEAD_MACS", 0)  # no token computed in vain to save a product
     dense = HOSTS[name]()
     model, plan = adapted(dense)
     x = inputs_for(dense, 3, seed=5)
@@ -214,6 +215,19 @@ def test_analytic_macs_are_those_of_the_work_done(name: str, choices: str) -> No
     slack = sum(3 * e.tokens for e in plan.entries)
     assert counted <= analytic <= counted + slack
     assert abs(counted - analytic) / counted < 1e-3
+
+
+@torch.no_grad()
+def test_what_is_computed_in_vain_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan = adapted(vit())
+    x, spent = images(3), {}
+    for overhead in (0, 2000, 10**9):
+        monkeypatch.setattr(ops, "OVERHEAD_MACS", overhead)
+        with choosing(model, Random(1)):
+            spent[overhead] = count_macs(model, x)
+    products = sum(e.num_learners for e in plan.entries)
+    assert 0 < spent[2000] - spent[0] <= 2000 * products
+    assert spent[10**9] > spent[2000]
 
 
 @torch.no_grad()

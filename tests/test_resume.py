@@ -151,7 +151,7 @@ def test_killed_by_the_system(tmp_path: Path) -> None:
     data = image_folder(tmp_path / "data", {"train": 64, "test": 24})
     words = ["convert", "acmize_vit_digits", "--data", str(data), "--config", str(config), "--json"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
-    env["HF_HOME"] = str(tmp_path / "hf")
+    env["HF_DATASETS_CACHE"] = str(tmp_path / "hf")
 
     def run(out: str, *more: str, **extra: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
