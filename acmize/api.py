@@ -27,7 +27,7 @@ from acmize.damage import collect_damage
 from acmize.data import ImageSet, open_images
 from acmize.diagnose import Finding, check_gates, check_sites
 from acmize.errors import AcmizeError
-from acmize.evaluate import evaluate, reference
+from acmize.evaluate import evaluate, mean_error, reference
 from acmize.gates import choosing, full_width, set_dial
 from acmize.hosts import make_plan
 from acmize.hub import base_of, make_adaptive, save_pretrained
@@ -39,7 +39,7 @@ from acmize.models import load_model
 from acmize.phases.calibrate import Calibration, calibrate, set_budget
 from acmize.phases.distill import distill, distillable
 from acmize.phases.finetune import drawn_budget, finetune
-from acmize.phases.interpolate import held_out_score, interpolate_
+from acmize.phases.interpolate import interpolate_
 from acmize.phases.pretrain_gates import collect_errors, fit_classification_gates, fit_damage_gates
 from acmize.plan import Plan, Refusal
 from acmize.recipe import Recipe, resolve
@@ -164,9 +164,7 @@ class _Conversion:
         budgets = sorted({*self.recipe.budgets, self.recipe.budget}, reverse=True)
         budgets = [b for b in budgets if b >= self.plan.budget_range[0]]
         ends = (1.0, round(self.plan.budget_range[0] + 0.01, 3))  # so that set_budget reaches every budget there is
-        self.calibration = self._calibrate(budgets) + self._calibrate(
-            ends, 0.02
-        )  # the first wins where both have a row
+        self.calibration = self._calibrate(budgets) + self._calibrate(ends, 0.02)
         results = self._evaluate(budgets)
         made = make_adaptive(
             self.model, self.plan, self.calibration, base or base_of(self.dense), results, self._described()
@@ -306,13 +304,20 @@ class _Conversion:
             config=loop, mix=mix, **self._checkpoint(),
         )  # fmt: skip
         if train.interpolate:
-            scores = interpolate_(self.model, before, self._held_out_score)
+            scores = interpolate_(self.model, before, self._held_out_error())
             self.measured["interpolated"] = {f"{share:g}": value for share, value in scores.items()}
 
-    def _held_out_score(self) -> float:
-        calibration = self._calibrate((0.9, 0.6, 0.4), 0.02)
+    def _held_out_error(self) -> Callable[[], float]:
+        """Mean error on the held-out images of the model as it stands when it is called."""
         held = self.images.labelled(self.images.held)
-        return held_out_score(self.model, self.dense, self.plan, calibration, held)
+        dense = reference(self.dense, held)
+
+        def error() -> float:
+            calibration = self._calibrate((0.9, 0.6, 0.4), 0.02)
+            found = evaluate(self.model, self.plan, calibration, held, dense, calibration.budgets)
+            return mean_error(found["results"])
+
+        return error
 
     def _calibrate(self, budgets: Iterable[float], tolerance: float = 0.0025) -> Calibration:
         batches = list(self.images.batches(self.images.held, 64 if tolerance > 0.01 else 200))

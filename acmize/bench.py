@@ -135,6 +135,11 @@ def interleaved(
     return seconds
 
 
+def draws(count: int, size: int, rounds: int, generator: torch.Generator) -> list[Tensor]:
+    """Indices of `size` of `count` inputs, drawn anew for each round."""
+    return [torch.randperm(count, generator=generator)[:size] for _ in range(rounds)]
+
+
 def _timed(run: Callable[[Any], object], item: Any, device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -188,7 +193,7 @@ def peak_mb(run: Callable[[], object], device: str) -> float:
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     before = _fresh_peak()
     run()
-    return max(_peak() - before, 0) / 1e6
+    return max(peak_bytes() - before, 0) / 1e6
 
 
 def _fresh_peak() -> int:
@@ -197,10 +202,11 @@ def _fresh_peak() -> int:
         ctypes.CDLL(None).malloc_trim(0)  # freed memory that glibc keeps would hide what the call needs
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    return _peak()
+    return peak_bytes()
 
 
-def _peak() -> int:
+def peak_bytes() -> int:
+    """Largest resident size of this process so far."""
     with contextlib.suppress(OSError):
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         if found is not None:
@@ -366,21 +372,21 @@ def _bench_batch(
     compiled: bool,
 ) -> list[dict[str, Any]]:
     """The rows of one batch size: all budgets and all dense forms take turns."""
-    draws = [torch.randperm(len(images), generator=generator)[:size] for _ in range(WARMUP + setting.repeats)]
+    drawn = draws(len(images), size, WARMUP + setting.repeats, generator)
     calls = {"eager": Call(dense), "eager, same products": Call(same_products(dense))}
-    if compiled and (fast := _compiled(dense, images[draws[0]])) is not None:
+    if compiled and (fast := _compiled(dense, images[drawn[0]])) is not None:
         calls["compiled"] = Call(fast)
     forms = tuple(calls)
     for budget in shares:
         calls[f"{budget}"] = Call(model, lambda budget=budget: model.set_budget(budget))
-    log.info("batch of %d: %d rounds of %d calls", size, len(draws), len(calls))
-    seconds = interleaved(calls, (images[drawn] for drawn in draws), device=setting.device)
+    log.info("batch of %d: %d rounds of %d calls", size, len(drawn), len(calls))
+    seconds = interleaved(calls, (images[index] for index in drawn), device=setting.device)
     times = {name: percentiles(spent) for name, spent in seconds.items()}
     form = min(forms, key=lambda name: times[name]["p50"])
-    timed, rows = torch.cat(draws[WARMUP:]), []
+    timed, rows = torch.cat(drawn[WARMUP:]), []
     for budget, share in shares.items():
         model.set_budget(budget)
-        batch, mine = images[draws[0]], times[f"{budget}"]
+        batch, mine = images[drawn[0]], times[f"{budget}"]
         rows.append(
             {
                 "model": model.base["architecture"],

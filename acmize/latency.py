@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acmize.bench import WARMUP, Call, Setting, interleaved, percentiles, placed, threads
+from acmize.bench import WARMUP, Call, Setting, draws, interleaved, percentiles, placed, threads
 from acmize.cost import evaluating
 from acmize.errors import AcmizeError
 
@@ -93,8 +93,7 @@ def _timer(model: Any, images: Tensor, size: int, setting: Setting) -> Callable[
 
     def timed(budget: float) -> dict[str, float]:
         model.set_budget(budget)
-        draws = [torch.randperm(len(images), generator=generator)[:size] for _ in range(WARMUP + setting.repeats)]
-        batches = (images[drawn] for drawn in draws)
+        batches = (images[index] for index in draws(len(images), size, WARMUP + setting.repeats, generator))
         seconds = interleaved({"model": Call(model)}, batches, warmup=WARMUP, device=setting.device)["model"]
         found = percentiles(seconds)
         log.info("budget %.3f: %.2f ms a batch of %d", budget, found["p50"], size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from acmize.api import convert
+from acmize.bench import Call, draws, interleaved
 from acmize.cost import evaluating
 from acmize.hub import base_of, save_pretrained
 from acmize.models import load_model
@@ -54,12 +54,8 @@ def run(output: Path) -> dict[str, Any]:
 
 def latency_ms(model: nn.Module, images: Tensor, rounds: int = 15) -> float:
     """Median milliseconds an image in batches of `BATCH` real images, in a new order each round."""
-    generator = torch.Generator().manual_seed(0)
-    times = []
+    generator, warmup = torch.Generator().manual_seed(0), 3
+    batches = (images[index] for index in draws(len(images), BATCH, rounds + warmup, generator))
     with evaluating(model), torch.inference_mode():
-        for _ in range(rounds + 3):
-            batch = images[torch.randperm(len(images), generator=generator)[:BATCH]]
-            start = time.perf_counter()
-            model(batch)
-            times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times[3:]) / BATCH
+        seconds = interleaved({"model": Call(model)}, batches, warmup=warmup)["model"]
+    return 1e3 * statistics.median(seconds) / BATCH

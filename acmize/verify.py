@@ -209,7 +209,7 @@ def _checks(model: Any, inputs: Tensor, dense: nn.Module | None, seed: int, comp
             found += compared(f"{backend}, alone", run, lambda run=run, b=backend: _one_by_one(model, inputs, run, b))
         if backend != REFERENCE:
             found += _few_tokens(model, inputs, backend)
-    default = f"default ({_picked(inputs)})"
+    default = f"default ({ops.pick_backend(inputs)})"
     for run in some:
         found += compared(default, run, lambda run=run: _again(model, inputs, run, None))
     found += _reloaded(model, inputs, runs["gates"])
@@ -285,10 +285,6 @@ def _one_by_one(model: nn.Module, inputs: Tensor, run: Plain, backend: str) -> R
         outputs.append(y)
         differ.append(share)
     return torch.cat(outputs), sum(differ) / len(differ)
-
-
-def _picked(inputs: Tensor) -> str:
-    return ops.pick_backend(inputs)
 
 
 # --- checks ---------------------------------------------------------------------------------------------------

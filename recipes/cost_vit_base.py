@@ -3,7 +3,7 @@
 Command:   python recipes/cost_vit_base.py --output runs/cost
            python recipes/cost_vit_base.py --output runs/cost --bench     and what it gains in time
            python recipes/cost_vit_base.py --smoke            the digits model, under a minute
-Shows:     seconds of each stage and the largest resident memory of the process (`ru_maxrss`: Python, torch, the
+Shows:     seconds of each stage and the largest resident memory of the process (Python, torch, the
            photographs and both models included) for `vit_base_patch16_224` with `--phases none`. The weights are
            random: time and memory do not depend on them, accuracy means nothing here and is not printed.
            With --bench: as `acmize bench`, for batches of 1 and 8 and budgets that the calibration met.
@@ -18,8 +18,6 @@ Result:    not yet run. The aim: under 8 GB and under 15 minutes on 2 cores.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from typing import Any
 
@@ -28,7 +26,7 @@ import numpy as np
 import torch
 
 from acmize.api import convert
-from acmize.bench import Setting, bench_model
+from acmize.bench import Setting, bench_model, peak_bytes
 from acmize.images import Images
 from acmize.models import architecture
 from acmize.recipe import resolve
@@ -55,12 +53,6 @@ def generated(count: int, size: int, channels: int, seed: int) -> Any:
     return DatasetDict(train=split(), test=split())
 
 
-def peak_gb() -> float:
-    """Largest resident memory of this process so far, in GB (10^9 bytes)."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 def cell(row: dict[str, Any]) -> str:
     """A row of `bench_model` in a few characters."""
     return f"{row['speedup']:.2f} ({row['batch_size']} @ {row['budget']:g})"
@@ -79,7 +71,7 @@ def main() -> None:
     model = architecture("acmize_vit_digits" if args.smoke else args.model).to(args.device)
     channels, _, size = model.pretrained_cfg["input_size"]
     count = options.get("limit") or 256
-    data, loaded = generated(count, size, channels, args.seed), peak_gb()
+    data, loaded = generated(count, size, channels, args.seed), peak_bytes() / 1e9
     recipe = resolve(options, {"phases": (), "budget": 0.5, "budgets": BUDGETS})
 
     def measure() -> common.Row:
@@ -91,7 +83,7 @@ def main() -> None:
             "images": count,
             "parameters": sum(p.numel() for p in model.parameters()),
             "before_gb": loaded,
-            "peak_gb": peak_gb(),
+            "peak_gb": peak_bytes() / 1e9,
         }
         return {**found, "bench": timed(made)} if args.bench else found
 

@@ -69,3 +69,16 @@ def _no_network() -> Iterator[None]:
     patch.setattr(socket.socket, "connect", guarded)
     yield
     patch.undo()
+
+
+@pytest.fixture
+def run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run `acmize WORDS` in this process: (exit status, captured)."""
+    from short import command
+
+    def call(*words: object) -> Any:
+        capsys.readouterr()
+        status = command(monkeypatch, *words)
+        return status, capsys.readouterr()
+
+    return call

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from short import MODEL, command, converted, image_folder, refused
+from short import MODEL, converted, image_folder, refused
 from torch import nn
 
 from acmize import bench, cli, ops
@@ -38,13 +39,8 @@ def model(saved: Path) -> Any:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def call(*words: object) -> Any:
-        capsys.readouterr()
-        status = command(monkeypatch, "bench", *words)
-        return status, capsys.readouterr()
-
-    return call
+def run(run_command: Any) -> Any:
+    return partial(run_command, "bench")
 
 
 class Clock:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from short import MODEL, command, config_file, converted, image_folder, picture, refused
+from short import MODEL, config_file, converted, image_folder, picture, refused
 
 import acmize
 from acmize.hub import from_pretrained, save_pretrained
@@ -31,13 +31,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def run(run_command: Any) -> Any:
     """Run the command in this process: (exit status, stdout, captured)."""
 
     def call(*words: object) -> Any:
-        capsys.readouterr()
-        status = command(monkeypatch, *words)
-        captured = capsys.readouterr()
+        status, captured = run_command(*words)
         return status, captured.out, captured
 
     return call

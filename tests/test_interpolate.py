@@ -9,11 +9,12 @@ import torch
 from short import converted
 from torch import nn
 
+from acmize.evaluate import evaluate, mean_error, reference
 from acmize.images import Images
 from acmize.losses import teacher_loss
 from acmize.models import load_model
 from acmize.phases.calibrate import set_budget
-from acmize.phases.interpolate import held_out_score, interpolate_
+from acmize.phases.interpolate import interpolate_
 from acmize.quickstart_model import digits_dataset
 from acmize.recipe import resolve
 
@@ -56,7 +57,8 @@ def test_the_score_is_the_error_rate_or_without_labels_the_divergence(model: Any
     images = Images(digits_dataset(), dense, resolve({"limit": 60, "batch_size": 4}))
     batches = [(x, y if labelled else torch.full_like(y, -1)) for x, y in images.labelled(images.held)]
     batches[0][1][:1] = -1  # one label unknown
-    found = held_out_score(model, dense, model.plan, model.calibration, batches)
+    answers, budgets = reference(dense, batches), model.calibration.budgets
+    found = mean_error(evaluate(model, model.plan, model.calibration, batches, answers, budgets)["results"])
     inputs, labels = (torch.cat(part) for part in zip(*batches, strict=True))
     assert len(inputs) % 4  # a last batch smaller than the others weighs less
     expected = []

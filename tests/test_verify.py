@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from short import command, converted, image_folder, refused
+from short import converted, image_folder, refused
 from timm.models.vision_transformer import VisionTransformer
 
 import acmize
@@ -35,13 +36,8 @@ def model(saved: Path) -> Any:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def call(*words: object) -> Any:
-        capsys.readouterr()
-        status = command(monkeypatch, "verify", *words)
-        return status, capsys.readouterr()
-
-    return call
+def run(run_command: Any) -> Any:
+    return partial(run_command, "verify")
 
 
 def check(model: Any, **options: Any) -> list[Check]:

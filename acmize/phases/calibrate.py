@@ -52,14 +52,10 @@ class Calibration:
         return rows[0][1] if budget > rows[0][0] else rows[-1][1]
 
     def __add__(self, other: Calibration) -> Calibration:
-        """The rows of both tables."""
-        rows = {
-            **dict(zip(other.budgets, other.dials, strict=True)),
-            **dict(zip(self.budgets, self.dials, strict=True)),
-        }
-        return Calibration(
-            budgets=tuple(sorted(rows, reverse=True)), dials=tuple(rows[b] for b in sorted(rows, reverse=True))
-        )
+        """The rows of both tables; where both have a row, this one's."""
+        rows = dict(zip((*other.budgets, *self.budgets), (*other.dials, *self.dials), strict=True))
+        budgets = tuple(sorted(rows, reverse=True))
+        return Calibration(budgets=budgets, dials=tuple(rows[b] for b in budgets))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

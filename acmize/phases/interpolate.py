@@ -11,16 +11,10 @@ images.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-
-from acmize.cost import evaluating
-from acmize.damage import logits_of
-from acmize.losses import teacher_loss
-from acmize.phases.calibrate import Calibration, set_budget
-from acmize.plan import Plan
 
 log = logging.getLogger("acmize")
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -57,36 +51,4 @@ def interpolate_(
     return {best: found.pop(best), **found}
 
 
-def held_out_score(
-    model: nn.Module,
-    teacher: nn.Module,
-    plan: Plan,
-    calibration: Calibration,
-    batches: Iterable[tuple[Tensor, Tensor]],
-) -> float:
-    """Mean over the calibrated budgets of the error rate where there are labels, else of KL(teacher || model).
-
-    The cross-entropy is not asked: it rises as soon as training makes the model too sure of itself, errors or not.
-
-    Args:
-        model: with its gates calibrated as it stands.
-        teacher: the dense model.
-        plan: the model's.
-        calibration: the budgets to look at.
-        batches: held-out inputs and labels, -1 unknown.
-    """
-    errors, known, divergence, seen = 0, 0, 0.0, 0
-    with evaluating(model), evaluating(teacher):
-        for inputs, labels in batches:
-            wanted = logits_of(teacher(inputs))
-            for budget in calibration.budgets:
-                set_budget(model, plan, calibration, budget)
-                logits = logits_of(model(inputs))
-                errors += int((logits.argmax(-1) != labels)[labels >= 0].sum())
-                known += int((labels >= 0).sum())
-                divergence += teacher_loss(logits, wanted).item() * len(inputs)
-                seen += len(inputs)
-    return errors / known if known else divergence / seen
-
-
-__all__ = ["SHARES", "held_out_score", "interpolate_"]
+__all__ = ["SHARES", "interpolate_"]
