@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from acmize.audio import open_audio
 from acmize.batches import cached, mixup
 from acmize.checkpoint import load_tensors, read_json, save_tensors, write_json
 from acmize.compensate import compensate_
@@ -29,7 +30,9 @@ from acmize.diagnose import Finding, check_gates, check_sites
 from acmize.errors import AcmizeError
 from acmize.evaluate import evaluate, mean_error, reference
 from acmize.gates import choosing, full_width, set_dial
+from acmize.hf_models import processor_of
 from acmize.hosts import make_plan
+from acmize.hosts_speech import is_speech
 from acmize.hub import base_of, make_adaptive, save_pretrained
 from acmize.images import Batches, Images, checked
 from acmize.init import collect_moments, init_
@@ -43,6 +46,7 @@ from acmize.phases.interpolate import interpolate_
 from acmize.phases.pretrain_gates import collect_errors, fit_classification_gates, fit_damage_gates
 from acmize.plan import Plan, Refusal
 from acmize.recipe import Recipe, resolve
+from acmize.speech import Listener, Speech, Spoken
 
 log = logging.getLogger("acmize")
 
@@ -95,7 +99,10 @@ def convert(
             model, recipe.acm, target_modules=recipe.target_modules, exclude=recipe.exclude, merge=recipe.merge
         )
     plan.check_budget(recipe.budget)
-    made = _Conversion(model, plan, recipe, Images(data, model, recipe), work, resume).run(base)
+    samples = Speech(data, model, recipe) if is_speech(model) else Images(data, model, recipe)
+    made = _Conversion(model, plan, recipe, samples, work, resume).run(base)
+    if is_speech(model):
+        made.processor = processor_of(model)
     if output is not None:
         save_pretrained(made, output)
     if work is not None:
@@ -107,7 +114,13 @@ class _Conversion:
     """One conversion under way: the stages in order, each resumable."""
 
     def __init__(
-        self, dense: nn.Module, plan: Plan, recipe: Recipe, images: Images, work: str | Path | None, resume: bool
+        self,
+        dense: nn.Module,
+        plan: Plan,
+        recipe: Recipe,
+        images: Images | Speech,
+        work: str | Path | None,
+        resume: bool,
     ) -> None:
         self.dense, self.plan, self.recipe, self.images = dense.eval(), plan, recipe, images
         self.model = convert_(copy.deepcopy(dense), plan).eval()
@@ -358,18 +371,26 @@ def evaluate_saved(
         model: from `from_pretrained`.
         data: anything `datasets.load_dataset` opens.
         budgets: to evaluate; by default those it was saved with.
-        weights: safetensors file of the dense model; without it the converted model at full width stands for it.
+        weights: safetensors file (folder, for transformers) of the dense model; without it the converted model at full
+            width stands for it.
         dense: the dense model itself, in place of its weights.
         limit: samples at most.
         batch_size: images in a batch.
     """
+    if dense is None and weights is not None:
+        of_folder = model.base["library"] == "transformers"
+        dense = (
+            load_model(str(weights))
+            if of_folder
+            else load_model(model.base["architecture"], weights, **model.base["kwargs"])
+        )
+    if is_speech(model):
+        return _evaluate_saved_speech(model, data, budgets, dense, limit)
     splits = open_images(data, limit=limit)
     splits = checked(splits, model)
     which = "test" if splits.test is not None else "train"
     images = cached(ImageSet.of(splits, which, model))
     batches = Batches(images, batch_size, next(model.parameters()).device)
-    if dense is None and weights is not None:
-        dense = load_model(model.base["architecture"], weights, **model.base["kwargs"])
     if dense is not None:
         answers = reference(dense, batches)
     else:
@@ -379,6 +400,21 @@ def evaluate_saved(
     saved = [row["budget"] for row in model.results.get("results", [])]
     results = evaluate(model, model.plan, model.calibration, batches, answers, budgets or saved or (0.5,))
     return {**results, "split": which, "dense_is": "base weights" if dense is not None else "full width"}
+
+
+def _evaluate_saved_speech(
+    model: Any, data: Any, budgets: Sequence[float] | None, dense: Any, limit: int | None
+) -> dict[str, Any]:
+    splits = open_audio(data, limit=limit)
+    which = "test" if splits.test is not None else "train"
+    teacher = model if dense is None else dense
+    listener = Listener(teacher)
+    batches = Spoken(splits.audio(splits.split(which), which, listener.processor.rate), listener)
+    with choosing(teacher, full_width if dense is None else None):
+        answers = reference(teacher, batches)
+    saved = [row["budget"] for row in model.results.get("results", [])]
+    results = evaluate(model, model.plan, model.calibration, batches, answers, budgets or saved or (0.5,))
+    return {**results, "split": which, "dense_is": "full width" if dense is None else "base weights"}
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -21,7 +21,7 @@ from acmize.errors import AcmizeError
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Adaptive computation for pretrained models.")
 out, err = Console(), Console(stderr=True)
 
-Model = Annotated[str, typer.Argument(help="timm model, such as deit_tiny_patch16_224")]
+Model = Annotated[str, typer.Argument(help="timm model, or a folder or USER/NAME of a transformers speech model")]
 Weights = Annotated[Path | None, typer.Option(help="safetensors file with the weights, in place of the Hub")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, nothing else")]
 Targets = Annotated[list[str] | None, typer.Option("--target-modules", help="globs over sites, or PATH:mlp(fc1,fc2)")]
@@ -129,7 +129,8 @@ def print_plan(name: str, made: Any) -> None:
     low, high = made.budget_range
     mlps, rest = kinds.pop("mlp", 0), sum(kinds.values())
     out.print(f"{mlps} MLPs, {rest} projections")
-    out.print(f"whole model {made.macs_dense / 1e9:.3f} GMACs ({2 * made.macs_dense / 1e9:.3f} GFLOPs)")
+    part = made.scope or "whole model"
+    out.print(f"{part} {made.macs_dense / 1e9:.3f} GMACs ({2 * made.macs_dense / 1e9:.3f} GFLOPs)")
     out.print(f"gates {gates / 1e6:.1f} MMACs ({100 * gates / made.macs_dense:.1f} %); budgets {low:.3f} to {high:.3f}")
 
 
@@ -139,7 +140,7 @@ def print_plan(name: str, made: Any) -> None:
 @app.command()
 def convert(
     model: Model,
-    data: Annotated[str, typer.Option(help="image folder or anything datasets.load_dataset opens")],
+    data: Annotated[str, typer.Option(help="folder of images or audio, or anything datasets.load_dataset opens")],
     output: Annotated[Path, typer.Option("-o", "--output", help="folder for the result")],
     weights: Weights = None,
     budget: Annotated[str | None, typer.Option(help="share of the dense MACs, 0..1, or a time: 20ms")] = None,
@@ -226,17 +227,18 @@ def _report(results: dict[str, Any], as_json: bool) -> None:
 def print_results(results: dict[str, Any], latency: bool = False) -> None:
     """Budget, realised MACs, accuracy, agreement with dense and spread over samples; findings below."""
     table = Table(box=None, pad_edge=False)
-    columns = ["budget", "MACs ratio", "+- sample", "top-1 %", "agreement %"] + (
+    dense = results["dense"]
+    metric = "wer" if "wer" in dense else "accuracy"
+    columns = ["budget", "MACs ratio", "+- sample", "WER %" if metric == "wer" else "top-1 %", "agreement %"] + (
         ["ms/image", "speedup"] if latency else []
     )
     for column in columns:
         table.add_column(column, justify="right")
-    dense = results["dense"]
-    row = ["dense", "1.000", "-", _percent(dense["accuracy"]), "100.0"]
+    row = ["dense", "1.000", "-", _percent(dense[metric]), "100.0"]
     table.add_row(*row, *([f"{dense['latency_ms']:.2f}", "1.00"] if latency else []))
     for r in results["results"]:
         row = [f"{r['budget']:g}", f"{r['macs_ratio']:.3f}", f"{r['macs_ratio_std']:.3f}"]
-        row += [_percent(r["accuracy"]), _percent(r["agreement"])]
+        row += [_percent(r[metric]), _percent(r["agreement"])]
         if latency:
             row += [f"{r['latency_ms']:.2f}", f"{dense['latency_ms'] / r['latency_ms']:.2f}"]
         table.add_row(*row)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from acmize.adaptive import AcmMlp, AcmOut
 from acmize.cost import evaluating
 from acmize.gates import AdaptiveModule, Decision, record
+from acmize.inputs import Batch, forward
 from acmize.layers import Contract
 from acmize.ops import unit_mask
 
@@ -38,7 +39,7 @@ class _Sums:
 
 
 @torch.no_grad()
-def compensate_(model: nn.Module, batches: Iterable[Tensor], shrink: float = 200.0) -> None:
+def compensate_(model: nn.Module, batches: Iterable[Batch], shrink: float = 200.0) -> None:
     """Refit the biases of every contraction in place; full width stays as it is.
 
     Args:
@@ -54,11 +55,12 @@ def compensate_(model: nn.Module, batches: Iterable[Tensor], shrink: float = 200
         with evaluating(model):
             for batch in batches:
                 with record(model, len(batch), keep_inputs=True) as seen:
-                    model(batch)
+                    forward(model, batch)
                 own = {module: decision for module, _, decision in seen.seen}
                 for module in sites:
                     h, decision = _hidden(module, inputs[module], own)
-                    sums[module].add(h.flatten(0, -2), decision.choice.flatten())
+                    real = slice(None) if decision.valid is None else decision.valid.flatten()
+                    sums[module].add(h.flatten(0, -2)[real], decision.choice.flatten()[real])
     finally:
         for handle in handles:
             handle.remove()

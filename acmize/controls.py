@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from acmize.cost import evaluating
 from acmize.gates import AdaptiveModule, Choose, Gate, record
+from acmize.inputs import Batch, forward
 from acmize.methods.token_merging import schedule_of
 from acmize.plan import Plan
 
@@ -91,13 +92,13 @@ def random_choice(model: nn.Module, histograms: Mapping[str, Tensor], generator:
     return choose
 
 
-def histograms(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+def histograms(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
     """How often each entry ran 0..N learners over the batches, with the gates as they are set: (N + 1,) counts."""
     found: dict[str, Tensor] = {}
     with evaluating(model):
         for batch in batches:
             with record(model, len(batch)) as seen:
-                model(batch)
+                forward(model, batch)
             for name, counts in seen.choices.items():
                 found[name] = found.get(name, 0) + counts.cpu()
     return found

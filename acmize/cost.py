@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from acmize.inputs import forward
+
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
@@ -31,7 +33,7 @@ def count_macs(model: nn.Module, *inputs: Any) -> int:
 
     Args:
         model: any module.
-        inputs: its positional inputs.
+        inputs: its positional inputs, or one `Inputs`.
 
     Returns:
         Multiply-adds of the whole forward.
@@ -43,7 +45,7 @@ def count_macs(model: nn.Module, *inputs: Any) -> int:
         for p in learnt:
             p.requires_grad_(False)
         with evaluating(model), sdpa_kernel(SDPBackend.MATH), counter:
-            model(*inputs)
+            forward(model, *inputs)
     finally:
         for p in learnt:
             p.requires_grad_(True)
@@ -71,7 +73,7 @@ def tokens_at(model: nn.Module, names: list[str], *inputs: Any) -> dict[str, int
         handles.append(module.register_forward_hook(hook(name, isinstance(module, nn.Conv2d))))
     try:
         with evaluating(model):
-            model(*inputs)
+            forward(model, *inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,7 +1,8 @@
 """What each choice would cost the model's output, per token, without labels: the targets of the damage gates.
 
 A choice k leaves learners k..N-1 out. With keep[n] the multiplier of learner n and L the cross-entropy of the model on
-a class drawn from the dense model's own softmax, to first order
+a class drawn from the dense model's own softmax (in speech: one for each frame, or each token of the dense model's own
+transcript), to first order
 
     damage(k) = E[(sum_{n >= k} dL / d keep[n])^2]
 
@@ -21,12 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acmize.gates import AdaptiveModule, Choose, Gate, choosing, record
-
-
-def logits_of(output: object) -> Tensor:
-    """Logits of a model's output: a tensor, or an object with `logits`."""
-    return output if isinstance(output, Tensor) else output.logits  # pyright: ignore[reportAttributeAccessIssue]
+from acmize.gates import AdaptiveModule, Choose, Decision, Gate, choosing, record
+from acmize.inputs import Batch, counted, forward, logits_of
 
 
 @dataclass
@@ -48,7 +45,7 @@ class _Rows:
 def collect_damage(
     model: nn.Module,
     teacher: nn.Module,
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     *,
     choose: Choose | None,
     generator: torch.Generator,
@@ -78,7 +75,7 @@ def collect_damage(
     try:
         for batch in batches:
             with torch.no_grad():
-                probabilities = logits_of(teacher(batch)).float().softmax(-1)
+                probabilities = counted(logits_of(forward(teacher, batch)), batch).float().softmax(-1)
             drawn = torch.multinomial(probabilities.cpu(), draws, replacement=True, generator=generator)
             _one_batch(model, batch, drawn.to(probabilities.device), choose, generator, keep_tokens, rows)
     finally:
@@ -90,7 +87,7 @@ def collect_damage(
 
 def _one_batch(
     model: nn.Module,
-    batch: Tensor,
+    batch: Batch,
     drawn: Tensor,
     choose: Choose | None,
     generator: torch.Generator,
@@ -98,7 +95,7 @@ def _one_batch(
     rows: dict[Gate, _Rows],
 ) -> None:
     with torch.enable_grad(), choosing(model, choose, probe=True), record(model, len(batch), keep_inputs=True) as seen:
-        logits = logits_of(model(batch)).float()
+        logits = counted(logits_of(forward(model, batch)), batch).float()
         keeps = [decision.keep for _, _, decision in seen.seen if decision.keep is not None]
         damages: list[Tensor | float] = [0.0] * len(keeps)
         for r in range(drawn.shape[1]):
@@ -107,18 +104,21 @@ def _one_batch(
             for i, grad in enumerate(grads):
                 left_out = grad.flip(-1).cumsum(-1).flip(-1)
                 damages[i] = damages[i] + left_out.square() / drawn.shape[1]
-    for (module, x, _), damage in zip(seen.seen, damages, strict=True):
-        _keep_rows(module, x, damage, generator, keep_tokens, rows)  # pyright: ignore[reportArgumentType]
+    for (module, x, decision), damage in zip(seen.seen, damages, strict=True):
+        _keep_rows(module, x, decision, damage, generator, keep_tokens, rows)  # pyright: ignore[reportArgumentType]
 
 
 def _keep_rows(
     module: AdaptiveModule,
     x: Tensor,
+    decision: Decision,
     damage: Tensor,
     generator: torch.Generator,
     share: float,
     rows: dict[Gate, _Rows],
 ) -> None:
+    if decision.valid is not None:
+        x, damage = x[decision.valid], damage[decision.valid]
     x, damage = x.detach().flatten(0, -2), damage.flatten(0, -3)
     count = max(1, round(share * len(x)))
     pick = torch.randperm(len(x), generator=generator)[:count].to(x.device)

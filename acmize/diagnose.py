@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from acmize.controls import histograms
+from acmize.inputs import Batch
 from acmize.plan import Plan
 
 
@@ -36,7 +37,7 @@ def check_sites(last: Mapping[str, float], max_error: float) -> list[Finding]:
     return found
 
 
-def check_gates(model: nn.Module, plan: Plan, batches: Sequence[Tensor], results: Mapping[str, Any]) -> list[Finding]:
+def check_gates(model: nn.Module, plan: Plan, batches: Sequence[Batch], results: Mapping[str, Any]) -> list[Finding]:
     """Gate collapse, learners that never run, and budgets missed, with the gates as they are set."""
     found = [f for name, counts in histograms(model, batches).items() for f in _one_gate(name, counts)]
     collapsed = [f for f in found if f.kind == "collapse"]

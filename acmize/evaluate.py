@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from acmize.cost import evaluating
-from acmize.damage import logits_of
+from acmize.evaluate_speech import SpeechReference, evaluate_speech_at, reference_speech
 from acmize.gates import Choose, choosing, record
+from acmize.inputs import logits_of
 from acmize.methods.token_merging import schedule_of
 from acmize.phases.calibrate import Calibration, missed, set_budget
 from acmize.plan import Plan
+from acmize.speech import Spoken
 
 Batch = tuple[Tensor, Tensor]
 
@@ -37,6 +39,14 @@ class Reference:
         """Top-1 accuracy, or None without labels."""
         return top1(self.logits, self.labels)
 
+    @property
+    def described(self) -> dict[str, float | None]:
+        """What stands for the dense model in the results."""
+        return {"accuracy": self.accuracy}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
 
 def top1(logits: Tensor, labels: Tensor) -> float | None:
     """Share of labelled samples whose label has the largest logit; None without labels."""
@@ -46,8 +56,10 @@ def top1(logits: Tensor, labels: Tensor) -> float | None:
     return (logits.argmax(-1) == labels)[known].double().mean().item()
 
 
-def reference(dense: nn.Module, batches: Iterable[Batch]) -> Reference:
-    """Run the dense model over (inputs, labels) batches."""
+def reference(dense: nn.Module, batches: Iterable[Batch] | Spoken) -> Any:
+    """Run the dense model over (inputs, labels) batches; a `SpeechReference` for utterances."""
+    if isinstance(batches, Spoken):
+        return reference_speech(dense, batches)
     logits, labels, start = [], [], time.perf_counter()
     with evaluating(dense):
         for inputs, target in batches:
@@ -57,7 +69,11 @@ def reference(dense: nn.Module, batches: Iterable[Batch]) -> Reference:
 
 
 def evaluate_at(
-    model: nn.Module, plan: Plan, batches: Iterable[Batch], dense: Reference, choose: Choose | None = None
+    model: nn.Module,
+    plan: Plan,
+    batches: Iterable[Batch] | Spoken,
+    dense: Reference | SpeechReference,
+    choose: Choose | None = None,
 ) -> dict[str, Any]:
     """Metric and executed work of the model as its gates stand (or as `choose` forces them).
 
@@ -65,6 +81,10 @@ def evaluate_at(
         accuracy (None without labels), agreement with the dense model's top-1, kl to it, macs_ratio (mean of samples),
         macs_ratio_std (spread over samples), seconds, sites (entry -> mean share of its learners that ran).
     """
+    if isinstance(batches, Spoken):
+        assert isinstance(dense, SpeechReference)
+        return evaluate_speech_at(model, plan, batches, dense, choose)
+    assert isinstance(dense, Reference)
     logits, shares, load, start = [], [], {}, time.perf_counter()
     rest = plan.macs_rest(schedule_of(model))
     with evaluating(model), choosing(model, choose):
@@ -92,8 +112,8 @@ def evaluate(
     model: nn.Module,
     plan: Plan,
     calibration: Calibration,
-    batches: Iterable[Batch],
-    dense: Reference,
+    batches: Iterable[Batch] | Spoken,
+    dense: Reference | SpeechReference,
     budgets: Sequence[float],
 ) -> dict[str, Any]:
     """The results of a conversion: `{"dense": {...}, "results": [{"budget": ..., "macs_ratio": ..., ...}, ...]}`.
@@ -106,11 +126,8 @@ def evaluate(
         row = {"budget": budget, **evaluate_at(model, plan, batches, dense)}
         row["missed"] = missed(budget, row["macs_ratio"])
         results.append(row)
-    return {
-        "dense": {"accuracy": dense.accuracy, "macs": plan.macs_dense, "seconds": dense.seconds},
-        "samples": len(dense.labels),
-        "results": results,
-    }
+    first = {"macs": plan.macs_dense, "seconds": dense.seconds, **dense.described}
+    return {"dense": first, "samples": len(dense), "results": results}
 
 
 def mean_error(results: Sequence[dict[str, Any]]) -> float:

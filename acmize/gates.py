@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acmize.padding import Padding
+
 Choose = Callable[["Gate", Tensor], Tensor]
 
 
@@ -32,15 +34,17 @@ Choose = Callable[["Gate", Tensor], Tensor]
 class Decision:
     """What a gate decided: `choice` (..., G) learners to run; `keep` (..., G, N), 1 where a learner runs.
 
-    `keep` is None in plain inference; where it is set it carries the gradient.
+    `keep` is None in plain inference; where it is set it carries the gradient. `valid` (...) is False for padded
+    tokens, which run none; None: all are real.
     """
 
     choice: Tensor
     keep: Tensor | None = None
+    valid: Tensor | None = None
 
     def group(self, g: int) -> Decision:
         """The decision of one group: choice (...), keep (..., N)."""
-        return Decision(self.choice[..., g], None if self.keep is None else self.keep[..., g, :])
+        return Decision(self.choice[..., g], None if self.keep is None else self.keep[..., g, :], self.valid)
 
     def keep_or_hard(self, num_learners: int, dtype: torch.dtype) -> Tensor:
         """`keep`, or the hard 0/1 mask of `choice`."""
@@ -106,8 +110,8 @@ class Gate(nn.Module):
         """The price at a position of the dial: 0 (most compute) to 1 (least)."""
         raise TypeError(f"{type(self).__name__} has no dial")
 
-    def forward(self, x: Tensor) -> Decision:
-        """X (..., D) -> decision with choice (..., G)."""
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Decision:
+        """X (..., D) -> decision with choice (..., G), 0 where `valid` (...) is False."""
         if self.choose is not None:
             choice = self.choose(self, x)
         else:
@@ -115,24 +119,29 @@ class Gate(nn.Module):
             if self.min_choice:
                 energy = energy[..., self.min_choice :]
             if self.training:
-                return self._straight_through(energy)
+                return self._straight_through(energy, valid)
             choice = energy.argmin(-1) + self.min_choice
+        if valid is not None:
+            choice = choice * valid[..., None]
         if self.probe:
-            return Decision(choice, hard_keep(choice, self.num_learners).float().requires_grad_())
-        return Decision(choice)
+            return Decision(choice, hard_keep(choice, self.num_learners).float().requires_grad_(), valid)
+        return Decision(choice, valid=valid)
 
     def soft_scores(self, energy: Tensor) -> Tensor:
         """Energies in units of the temperature, for the soft distribution over choices."""
         return -energy / self.temperature
 
-    def _straight_through(self, energy: Tensor) -> Decision:
+    def _straight_through(self, energy: Tensor, valid: Tensor | None) -> Decision:
         p = self.soft_scores(energy).softmax(-1)
         choice = self._sample(energy)
         soft = p.flip(-1).cumsum(-1).flip(-1)[..., 1:]  # P(choice >= n + 1)
         if self.min_choice:
             soft = F.pad(soft, (self.min_choice, 0), value=1.0)
         hard = hard_keep(choice, self.num_learners).to(soft.dtype)
-        return Decision(choice, hard + (soft - soft.detach()))
+        keep = hard + (soft - soft.detach())
+        if valid is not None:
+            choice, keep = choice * valid[..., None], keep * valid[..., None, None]
+        return Decision(choice, keep, valid)
 
     def _sample(self, energy: Tensor) -> Tensor:
         return energy.argmin(-1) + self.min_choice
@@ -205,9 +214,9 @@ class ClassificationGate(Gate):
         low, high = self.dial_range
         return low + dial * (high - low)
 
-    def _straight_through(self, energy: Tensor) -> Decision:
+    def _straight_through(self, energy: Tensor, valid: Tensor | None) -> Decision:
         noise = -torch.empty_like(energy).exponential_().log()
-        return super()._straight_through(energy - noise)
+        return super()._straight_through(energy - noise, valid)
 
 
 # --- one price for the model ----------------------------------------------------------------------------------
@@ -259,10 +268,11 @@ class AdaptiveModule(nn.Module):
         super().__init__()
         self.names = names  # entries of the plan, one a group
         self.recorder: Recorder | None = None
+        self.padding: Padding | None = None  # set where the host says which tokens are real
 
     def decide(self, x: Tensor) -> Decision:
         """Ask the gate about x (..., D), tokens on the leading axes, and tell the recorder."""
-        decision = self.gate(x)
+        decision = self.gate(x, None if self.padding is None else self.padding.read(x))
         if self.recorder is not None:
             self.recorder.add(self, x, decision)
         return decision
@@ -279,16 +289,18 @@ class AdaptiveModule(nn.Module):
 
 @dataclass
 class Recorder:
-    """Collects decisions while a `record()` context is open.
+    """Collects decisions while a `record()` context is open; padded tokens are not counted.
 
     Attributes:
         samples: samples in the batch: leading axes are folded to it, so that windows belong to their image.
         keep_inputs: also keep the gates' inputs and decisions (for fitting and heat maps).
         macs: entry -> list of (samples,) executed MACs of the site, a tensor a forward.
         expected: entry -> list of (samples,) MACs through `keep`, differentiable.
-        most: entry -> list of MACs a sample if every learner ran.
-        gates: entry -> MACs a sample of its share of the gate.
+        most: entry -> MACs a sample if every learner ran; (samples,) where samples have unequal lengths.
+        gates: entry -> MACs a sample of its share of the gate, likewise.
+        tokens: entry -> tokens a sample, likewise.
         choices: entry -> histogram (N + 1,) of choices.
+        per_token: entry -> (samples, tokens) choices of the last forward, -1 where padded.
         seen: module -> (input, decision), when `keep_inputs`.
     """
 
@@ -296,8 +308,9 @@ class Recorder:
     keep_inputs: bool = False
     macs: dict[str, list[Tensor]] = field(default_factory=dict)
     expected: dict[str, list[Tensor]] = field(default_factory=dict)
-    most: dict[str, float] = field(default_factory=dict)
-    gates: dict[str, float] = field(default_factory=dict)
+    most: dict[str, float | Tensor] = field(default_factory=dict)
+    gates: dict[str, float | Tensor] = field(default_factory=dict)
+    tokens: dict[str, float | Tensor] = field(default_factory=dict)
     choices: dict[str, Tensor] = field(default_factory=dict)
     per_token: dict[str, Tensor] = field(default_factory=dict)
     seen: list[tuple[AdaptiveModule, Tensor, Decision]] = field(default_factory=list)
@@ -308,14 +321,21 @@ class Recorder:
         if self.keep_inputs:
             self.seen.append((module, x, decision))
         executed = module.macs(decision).detach()
+        valid = decision.valid
+        tokens: float | Tensor = decision.choice[..., 0].numel() / self.samples
+        if valid is not None:
+            tokens = valid.reshape(self.samples, -1).sum(1).double()
         for g, name in enumerate(module.names):
             one = decision.group(g)
             self.macs.setdefault(name, []).append(executed[..., g].reshape(self.samples, -1).sum(1))
-            self.gates[name] = gate.gate_macs[g] * one.choice.numel() / self.samples
-            self.most[name] = float(gate.learner_macs[g].sum()) * one.choice.numel() / self.samples
-            histogram = torch.bincount(one.choice.reshape(-1), minlength=gate.num_learners + 1)
+            self.tokens[name] = tokens
+            self.gates[name] = gate.gate_macs[g] * tokens
+            self.most[name] = float(gate.learner_macs[g].sum()) * tokens
+            real = one.choice if valid is None else one.choice[valid]
+            histogram = torch.bincount(real.reshape(-1), minlength=gate.num_learners + 1)
             self.choices[name] = self.choices.get(name, 0) + histogram
-            self.per_token[name] = one.choice.reshape(self.samples, -1)
+            shown = one.choice if valid is None else one.choice.masked_fill(~valid, -1)
+            self.per_token[name] = shown.reshape(self.samples, -1)
             if one.keep is not None:
                 soft = (one.keep * gate.learner_macs[g]).sum(-1)
                 self.expected.setdefault(name, []).append(soft.reshape(self.samples, -1).sum(1))

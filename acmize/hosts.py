@@ -15,9 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from acmize import hosts_speech
 from acmize.cost import count_macs, tokens_at
 from acmize.errors import AcmizeError
+from acmize.inputs import Inputs
 from acmize.methods.token_merging import why_not
+from acmize.padding import class_path
 from acmize.plan import Merging, Plan, PlanEntry, Refusal, Site
 from acmize.registry import Refused, method_for
 
@@ -150,7 +153,7 @@ def find_sites(model: nn.Module) -> Found:
     found: Found = []
     inside: set[str] = set()
     for fqn, module in model.named_modules():
-        handler = _HANDLERS.get(type(module))
+        handler = _HANDLERS.get(type(module)) or hosts_speech.HANDLERS.get(class_path(module))
         if handler is not None and not any(fqn.startswith(p + ".") for p in inside):
             found += handler(fqn, module)
             inside.add(fqn)
@@ -273,7 +276,8 @@ def make_plan(
     modules = dict(model.named_modules())
     _check_declared(model, modules, declared)
     found = _found(model, declared, bool(globs))
-    inputs = example if example is not None else (example_input(model),)
+    speech = example is None and hosts_speech.is_speech(model)
+    inputs = example or ((hosts_speech.example_speech(model),) if speech else (example_input(model),))
     drafts: list[tuple[dict[str, Any], Site]] = []
     refused: list[Refusal] = []
     used: set[str] = set()
@@ -285,6 +289,10 @@ def make_plan(
             or site in declared
             or any(fnmatch.fnmatchcase(n, g) and (used.add(g) or True) for g in globs for n in names)
         )
+        if chosen and not globs and (reason := site.options.get("only_if_asked")):
+            layers = fqn if "module" in site.roles else ", ".join(site.roles.values())
+            refused.append(Refusal(fqn=layers, reason=reason))
+            return False
         dropped = [g for g in exclude for n in names if fnmatch.fnmatchcase(n, g)]
         used.update(dropped)
         if chosen and dropped:
@@ -322,14 +330,49 @@ def make_plan(
             refused.append(Refusal(fqn="blocks", reason=reason))
         else:
             raise AcmizeError(f"--merge {merge}: {reason}; leave it out")
+    scope = _scope(model, entries) if speech else ""
     return Plan(
         config=config,
-        macs_dense=count_macs(model, *inputs),
+        macs_dense=_macs_of(model, scope, inputs),
         entries=entries,
         refused=tuple(refused),
-        input_size=tuple(inputs[0].shape[1:]) if isinstance(inputs[0], torch.Tensor) else (),
+        input_size=_size(inputs[0]),
         merging=merging,
+        scope=scope,
+        length_macs=_length_macs(model, scope, entries[0]) if speech else None,
     )
+
+
+def _size(first: Any) -> tuple[int, ...]:
+    tensor = next(iter(first.tensors.values())) if isinstance(first, Inputs) else first
+    return tuple(tensor.shape[1:]) if isinstance(tensor, torch.Tensor) else ()
+
+
+def _scope(model: Any, entries: tuple[PlanEntry, ...]) -> str:
+    """The encoder where everything adaptive lies in one, else the whole model."""
+    path = hosts_speech.encoder_path(model)
+    return path if all(_within(e.target, path) for e in entries) else ""
+
+
+def _macs_of(model: nn.Module, scope: str, inputs: tuple[Any, ...]) -> int:
+    if not scope:
+        return count_macs(model, *inputs)
+    return count_macs(model.get_submodule(scope), inputs[0].without(*hosts_speech.DECODER_INPUTS))
+
+
+def _length_macs(model: Any, scope: str, entry: PlanEntry) -> tuple[float, float, float] | None:
+    """MACs of the scope as a + b T + c T^2 for T tokens, through three counted lengths; None for a fixed length."""
+    if hosts_speech.has_fixed_length(model) or (model.config.is_encoder_decoder and not scope):
+        return None
+    layer = entry.roles["fc1"] if entry.kind == "mlp" else entry.target
+    tokens, macs = [], []
+    for frames in (200, 500, 1250):
+        inputs = (hosts_speech.example_speech(model, frames),)
+        tokens.append(tokens_at(model, [layer], *inputs)[layer])
+        macs.append(_macs_of(model, scope, inputs))
+    powers = torch.tensor(tokens, dtype=torch.float64)[:, None] ** torch.arange(3)
+    a, b, c = torch.linalg.solve(powers, torch.tensor(macs, dtype=torch.float64)).tolist()
+    return a, b, c
 
 
 def _found(model: nn.Module, declared: list[Site], known_too: bool) -> Found:

@@ -16,9 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from acmize import __about__
+from acmize import __about__, hf_models
 from acmize.checkpoint import atomic_dir, load_tensors, read_json, save_tensors, write_json
 from acmize.errors import AcmizeError
+from acmize.hosts_speech import is_speech
 from acmize.insert import convert_
 from acmize.models import SOURCES
 from acmize.phases.calibrate import Calibration, set_budget
@@ -87,6 +88,8 @@ def base_of(model: nn.Module, kwargs: dict[str, Any] | None = None) -> dict[str,
 
     A module that timm does not know is recorded by its class's name alone and has to be handed to `from_pretrained`.
     """
+    if is_speech(model):
+        return hf_models.base_of(model)
     cfg = getattr(model, "pretrained_cfg", None) or {}
     name = cfg.get("architecture")
     if name is None:
@@ -134,8 +137,11 @@ def save_pretrained(model: Any, folder: str | Path) -> Path:
         write_json(new / "recipe.json", model.recipe)
         save_tensors(new / "model.safetensors", model.state_dict())
         (new / "README.md").write_text(model_card(model), encoding="utf-8")
+        if (processor := getattr(model, "processor", None)) is not None:
+            processor.save(new)
+        kept = {*FILES, "results.json", "recipe.json", "README.md", *(path.name for path in new.iterdir())}
         for other in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if other.name not in (*FILES, "results.json", "recipe.json", "README.md"):
+            if other.name not in kept:
                 copy = shutil.copytree if other.is_dir() else shutil.copy2  # a .git, a report: not ours to throw away
                 copy(other, new / other.name)
     return folder
@@ -163,7 +169,8 @@ def model_card(model: Any) -> str:
     """A Hugging Face model card with the measured table and how to load the model."""
     base = model.base
     name = base["architecture"]
-    meta = ["---", "library_name: acmize", "tags: [acmize, adaptive-computation]", "pipeline_tag: image-classification"]
+    task = "automatic-speech-recognition" if base["library"] == "transformers" else "image-classification"
+    meta = ["---", "library_name: acmize", "tags: [acmize, adaptive-computation]", f"pipeline_tag: {task}"]
     if base["pretrained_cfg"].get("license"):
         meta.append(f"license: {base['pretrained_cfg']['license']}")
     meta += [f"base_model: timm/{name}" if base["library"] == "timm" else f"# base: {name}", "---"]
@@ -188,10 +195,11 @@ def results_table(results: dict[str, Any]) -> list[str]:
         return "-" if x is None else f"{100 * x:.1f}"
 
     dense = results["dense"]
-    rows = ["| budget | executed MACs | accuracy % | agreement with dense % |", "|---|---|---|---|"]
-    rows.append(f"| dense | 1.000 ({dense['macs'] / 1e9:.3f} G) | {percent(dense['accuracy'])} | 100.0 |")
+    metric, title = ("wer", "WER") if "wer" in dense else ("accuracy", "accuracy")
+    rows = [f"| budget | executed MACs | {title} % | agreement with dense % |", "|---|---|---|---|"]
+    rows.append(f"| dense | 1.000 ({dense['macs'] / 1e9:.3f} G) | {percent(dense[metric])} | 100.0 |")
     rows += [
-        f"| {r['budget']:g} | {r['macs_ratio']:.3f} | {percent(r['accuracy'])} | {percent(r['agreement'])} |"
+        f"| {r['budget']:g} | {r['macs_ratio']:.3f} | {percent(r[metric])} | {percent(r['agreement'])} |"
         for r in results["results"]
     ]
     return rows
@@ -262,6 +270,8 @@ def from_pretrained(source: str | Path, *, model: nn.Module | None = None, revis
     _check_weights(dense, path)
     load_state(dense, path)
     made = make_adaptive(dense, plan, calibration, base, results, recipe).eval()
+    if base["library"] == "transformers" and model is None:
+        hf_models.attach_processor(made, folder)
     if config.get("budget") is not None:
         made.set_budget(config["budget"])
     return made
@@ -273,9 +283,12 @@ def build_base(base: dict[str, Any]) -> nn.Module:
     Raises:
         AcmizeError: a library or architecture that cannot be built here.
     """
+    if base.get("library") == "transformers":
+        return hf_models.build(base)
     if base.get("library") != "timm":
         raise AcmizeError(
-            f"base model {base.get('architecture')!r} is not of timm; build it and pass from_pretrained(..., model=...)"
+            f"base model {base.get('architecture')!r} is not of a known library; build it and pass "
+            "from_pretrained(..., model=...)"
         )
     import timm
 
@@ -377,7 +390,10 @@ def _checked_base(d: Any) -> dict[str, Any]:
         raise TypeError("config.json: architecture and library must be text")
     if not isinstance(base["kwargs"], dict) or not isinstance(base["pretrained_cfg"], dict):
         raise TypeError("config.json: kwargs and pretrained_cfg must be objects")
-    foreign = sorted({*SOURCES, "file", "url", "hf_hub_id", "custom_load"} & {*base["kwargs"], *base["pretrained_cfg"]})
+    foreign = sorted(
+        {*SOURCES, "file", "url", "hf_hub_id", "custom_load", *hf_models.DROPPED}
+        & {*base["kwargs"], *base["pretrained_cfg"]}
+    )
     if foreign:
         raise ValueError(f"config.json: {foreign[0]} is not allowed there")
     return base

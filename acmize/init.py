@@ -4,6 +4,7 @@
                  folded into one bias for each learner.
     q and k      U S V^T = svd(Cq^1/2 Ck^1/2);  q' = S^1/2 U^T Cq^-1/2 q,  k' = S^1/2 V^T Ck^-1/2 (k - mean k)
     v and out    U S V^T = svd(O_h Cv^1/2);     v' = S V^T Cv^-1/2 (v - mean v),  O_h' = U,  out bias += O_h mean v
+    paired       q and k under rotary positions: pairs of dimensions by falling E|q|^2 E|k|^2, nothing else is changed
     low rank     U S V^T = svd(W C^1/2); down = V^T C^-1/2 ... up = U S: exact at full rank
 
 Softmax ignores a shift of all keys, and attention sums to one, so the means of k and v may be taken out. Second moments
@@ -23,7 +24,9 @@ from torch import Tensor, nn
 
 from acmize.adaptive import AcmMlp, AcmOut, AcmProjections
 from acmize.cost import evaluating
+from acmize.inputs import Batch, forward
 from acmize.layers import Contract, LowRank
+from acmize.padding import rows, watching
 from acmize.plan import Plan, PlanEntry
 
 Moments = dict[str, Tensor]
@@ -32,7 +35,7 @@ Moments = dict[str, Tensor]
 # --- statistics -----------------------------------------------------------------------------------------------
 
 
-def collect_moments(dense: nn.Module, plan: Plan, batches: Iterable[Tensor]) -> Moments:
+def collect_moments(dense: nn.Module, plan: Plan, batches: Iterable[Batch]) -> Moments:
     """Second moments of what is cut at each site, in one pass of the dense model.
 
     Args:
@@ -59,6 +62,7 @@ def collect_moments(dense: nn.Module, plan: Plan, batches: Iterable[Tensor]) -> 
             z = inputs[0] if side == "input" else output
             if isinstance(module, nn.Conv2d):
                 z = z.permute(0, 2, 3, 1)
+            z = rows(z, padding(path))
             z = F.pad(z.reshape(-1, heads, z.shape[-1] // heads).float(), (0, 1), value=1.0).transpose(0, 1)
             moments[path] = moments.get(path, 0) + (z.mT @ z).double()
 
@@ -67,9 +71,9 @@ def collect_moments(dense: nn.Module, plan: Plan, batches: Iterable[Tensor]) -> 
     for path, (side, heads) in wanted.items():
         handles.append(modules[path].register_forward_hook(hook(path, side, heads)))
     try:
-        with evaluating(dense):
+        with evaluating(dense), watching(dense) as padding:
             for batch in batches:
-                dense(batch)
+                forward(dense, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -164,6 +168,12 @@ def _init_attention(
             tq, tk = rotate_qk(raw_q, cov[1])
             w["q"][h], b["q"][h] = tq @ w["q"][h], tq @ b["q"][h]
             w["k"][h], b["k"][h] = tk @ w["k"][h], tk @ (b["k"][h] - mean[1] * shift_k)
+        elif e.options.get("paired_qk"):
+            order = order_pairs(*(s[h][:-1, :-1].diagonal() for s in stats[:2]))
+            for k in "qk":
+                if (places := getattr(slots[k], "order", None)) is not None:
+                    places[h] = order
+                    w[k][h], b[k][h] = w[k][h][order], b[k][h][order]
         if e.options.get("rotate_vo", True):
             tv, out_h = rotate_vo(out[:, h], cov[2])
             out_bias = out_bias + out[:, h] @ mean[2] * shift_v
@@ -244,6 +254,13 @@ def rotate_qk(cq: Tensor, ck: Tensor) -> tuple[Tensor, Tensor]:
     u, s, vt = torch.linalg.svd(q2 @ k2)
     root = s.clamp_min(s[0] * 1e-10).sqrt()[:, None]
     return root * (u.T @ qi), root * (vt @ ki)
+
+
+def order_pairs(q2: Tensor, k2: Tensor) -> Tensor:
+    """(U,) squares of a head's queries and keys -> its dimensions, neighbouring pairs by falling energy product."""
+    energy = q2.unflatten(0, (-1, 2)).sum(1) * k2.unflatten(0, (-1, 2)).sum(1)
+    pairs = energy.argsort(descending=True, stable=True)
+    return (2 * pairs[:, None] + torch.arange(2, device=pairs.device)).flatten()
 
 
 def rotate_vo(out: Tensor, cv: Tensor) -> tuple[Tensor, Tensor]:

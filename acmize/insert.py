@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from acmize import padding
 from acmize.errors import AcmizeError
+from acmize.gates import AdaptiveModule
 from acmize.methods.token_merging import install_merging, why_not
 from acmize.plan import Plan
 from acmize.registry import method_for
@@ -44,6 +46,7 @@ def convert_(model: nn.Module, plan: Plan) -> nn.Module:
         module.to(device=reference.device, dtype=reference.dtype)
         module.train(model.training)
         setattr(model.get_submodule(parent), name, module)
+    padding.install(model, AdaptiveModule)
     if plan.merging is not None:
         install_merging(model)
     return model

@@ -20,34 +20,56 @@ class Expand(nn.Linear):
     """A linear layer whose outputs are limited to each token's width.
 
     With `deferred`, a contraction behind an activation reads the outputs and applies `keep`: applying it here too would
-    count its gradient twice.
+    count its gradient twice. With `ordered`, unit u of head h is put at place `order[h, u]` of the head's output: what
+    comes after reads places, such as rotary positions, and learners own units that matter alike.
     """
 
+    order: Tensor | None
+
     def __init__(
-        self, in_features: int, out_features: int, bias: bool, bounds: tuple[int, ...], heads: int = 1
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        bounds: tuple[int, ...],
+        heads: int = 1,
+        ordered: bool = False,
     ) -> None:
         super().__init__(in_features, out_features, bias)
         self.bounds, self.heads = bounds, heads
         self.deferred = False
+        self.register_buffer("order", torch.arange(bounds[-1]).repeat(heads, 1) if ordered else None)
+
+    def _placed(self, h: Tensor) -> Tensor:
+        """(..., H * U) units -> places."""
+        if self.order is None:
+            return h
+        return (
+            h.unflatten(-1, self.order.shape)
+            .gather(-1, self.order.argsort(-1).expand(*h.shape[:-1], -1, -1))
+            .flatten(-2)
+        )
 
     def masked(self, x: Tensor, decision: Decision) -> Tensor:
         """The reference: all the work, then a mask. x (..., D) -> (..., H * U)."""
         h = F.linear(x, self.weight, self.bias)
         if self.deferred and decision.keep is not None:
             return h
-        return ops.mask_units(h, decision.keep_or_hard(len(self.bounds) - 1, x.dtype), self.bounds, self.heads)
+        return self._placed(
+            ops.mask_units(h, decision.keep_or_hard(len(self.bounds) - 1, x.dtype), self.bounds, self.heads)
+        )
 
     def forward(self, x: Tensor, decision: Decision) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """X (..., D) -> (..., H * U), zero beyond each token's width."""
         if decision.keep is not None or ops.pick_backend(x) == "masked":
             return self.masked(x, decision)
-        return ops.expand(x, self.weight, self.bias, decision.choice, self.bounds, self.heads)
+        return self._placed(ops.expand(x, self.weight, self.bias, decision.choice, self.bounds, self.heads))
 
     def all_choices(self, x: Tensor) -> Tensor:
         """X (M, D) -> (M, N + 1, H * U): the output of every choice."""
         h = F.linear(x, self.weight, self.bias).unflatten(-1, (self.heads, -1))
         kept = torch.arange(self.bounds[-1], device=x.device) < torch.tensor(self.bounds, device=x.device)[:, None]
-        return (h[:, None] * kept[:, None]).flatten(-2)
+        return self._placed((h[:, None] * kept[:, None]).flatten(-2))
 
 
 class Contract(nn.Linear):

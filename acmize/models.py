@@ -1,4 +1,4 @@
-"""From what a user names to a model: a timm name, a folder as timm saves it, or this package's own."""
+"""From what a user names to a model: of timm or transformers by name or folder, or this package's own."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ from typing import Any
 
 from torch import nn
 
+from acmize import hf_models
 from acmize.checkpoint import read_json
 from acmize.errors import AcmizeError
 
 
 def load_model(name: str, weights: str | Path | None = None, **kwargs: Any) -> nn.Module:
-    """A pretrained timm model in eval mode.
+    """A pretrained model of timm, or a speech model of transformers, in eval mode.
 
     Args:
         name: timm architecture, with or without tag, "acmize_vit_digits", or a folder with timm's `config.json` and
-            `model.safetensors`.
+            `model.safetensors`; or, of transformers, a folder or a repository USER/NAME.
         weights: safetensors file with the weights; without it they come from the Hub (or its cache).
         kwargs: further arguments of `timm.create_model`, such as `img_size`.
 
     Raises:
         AcmizeError: an unknown name, weights that are missing, of another format or of another model, no network.
     """
+    if _of_transformers(name):
+        if weights is not None or kwargs:
+            raise AcmizeError(f"model {name}: is one of transformers; give its folder or repository alone")
+        return hf_models.load(name)
     import timm
 
     overlay: dict[str, Any] = {}
@@ -60,6 +65,8 @@ def architecture(name: str) -> nn.Module:
     Raises:
         AcmizeError: an unknown name.
     """
+    if _of_transformers(name):
+        return hf_models.architecture(name)
     import timm
 
     built: dict[str, Any] = {}
@@ -68,6 +75,11 @@ def architecture(name: str) -> nn.Module:
         name, built, overlay = _folder(Path(name))
     _known(name)
     return timm.create_model(name, pretrained=False, pretrained_cfg_overlay=overlay or None, **built).eval()
+
+
+def _of_transformers(name: str) -> bool:
+    """A folder that transformers wrote, or a repository USER/NAME."""
+    return hf_models.is_folder(name) if Path(name).is_dir() else name.count("/") == 1 and ":" not in name
 
 
 def _folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:

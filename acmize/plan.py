@@ -7,6 +7,7 @@ that a saved model can be rebuilt without data, network or base weights.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
@@ -67,7 +68,7 @@ class PlanEntry:
         target: path of the module that is replaced.
         gate_at: path of the module whose gate decides; entries that share a gate name the same one.
         kind: "mlp", "q", "k", "v", "out" or "linear".
-        form: "prefix", "rotated" or "lowrank".
+        form: "prefix", "rotated", "paired" (under rotary positions) or "lowrank".
         bounds: cumulative widths (0, ..., units), one more than there are learners.
         heads: heads cut alike.
         learner_macs: MACs a token of each learner.
@@ -196,6 +197,8 @@ class Plan:
         refused: places left dense, with the reason.
         input_size: of one sample.
         merging: tokens merged before the blocks, or None.
+        scope: path of the part whose MACs the budget counts (the encoder of a speech-to-text model); "" for the whole.
+        length_macs: where samples have unequal lengths, (a, b, c): the scope costs a + b T + c T^2 MACs for T tokens.
     """
 
     config: Any
@@ -204,7 +207,24 @@ class Plan:
     refused: tuple[Refusal, ...] = ()
     input_size: tuple[int, ...] = ()
     merging: Merging | None = None
+    scope: str = ""
+    length_macs: tuple[float, float, float] | None = None
     schema: int = SCHEMA
+
+    def account(self, executed: Any, tokens: Mapping[str, Any], schedule: tuple[int, ...] = ()) -> tuple[Any, Any]:
+        """MACs of each sample: of the whole, given those of its sites, and of the dense model.
+
+        Args:
+            executed: (samples,) MACs of the adaptive sites and their gates.
+            tokens: entry -> tokens a sample, as a `Recorder` has them.
+            schedule: of merging.
+        """
+        if self.length_macs is None:
+            return executed + self.macs_rest(schedule), executed.detach() * 0 + self.macs_dense
+        constant, linear, square = self.length_macs
+        length = executed.detach() * 0 + tokens[self.entries[0].fqn]
+        dense = constant + linear * length + square * length**2
+        return executed + dense - sum(tokens[e.fqn] * (e.macs // e.tokens) for e in self.entries), dense
 
     def macs_rest(self, schedule: tuple[int, ...] = ()) -> int:
         """MACs a sample outside the adaptive sites and their gates, with this merging schedule."""
@@ -281,6 +301,7 @@ class Plan:
             config = config_class(d["method"])(**d["config"])
             size = tuple(int(n) for n in d["input_size"])
             merging = None if d["merging"] is None else _merging(d["merging"])
+            lengths = d.get("length_macs")
             return cls(
                 config=config,
                 macs_dense=int(d["macs_dense"]),
@@ -288,9 +309,16 @@ class Plan:
                 refused=refused,
                 input_size=size,
                 merging=merging,
+                scope=str(d.get("scope", "")),
+                length_macs=None if lengths is None else _three(lengths),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise AcmizeError(f"plan: damaged or tampered ({error}); restore the file or convert again") from None
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    a, b, c = map(float, values)
+    return a, b, c
 
 
 def _merging(d: dict[str, Any]) -> Merging:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 NO_LABEL = -1
 _IMAGE_NAMES = ("image", "img")
 _LABEL_NAMES = ("label", "labels", "fine_label")
-_TEST_NAMES = ("test", "validation", "val", "valid", "dev")
+TEST_NAMES = ("test", "validation", "val", "valid", "dev")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -104,13 +104,13 @@ def open_images(
     """
     if limit is not None and limit < 1:
         raise AcmizeError(f"limit: found {limit}, expected at least 1; leave it out to take all images")
-    splits, name = _load(path)
+    splits, name = load_splits(path)
     features = splits["train" if "train" in splits else next(iter(splits))].features
     image_column = _image_column(features, image_column, name)
     label_column = _label_column(features, label_column, name)
 
     by_name = {str(key).lower(): data for key, data in splits.items()}
-    tests = [by_name[key] for key in _TEST_NAMES if key in by_name]
+    tests = [by_name[key] for key in TEST_NAMES if key in by_name]
     # Public test splits often hide their labels; a validation split then is what one can report on.
     labelled = [data for data in tests if _has_labels(data, label_column)]
     train, test = by_name.get("train"), next(iter(labelled or tests), None)
@@ -118,8 +118,8 @@ def open_images(
         found = ", ".join(map(repr, splits))
         raise AcmizeError(f"data {name!r}: found the splits {found}, expected 'train' or 'test'; rename the folders")
     return ImageSplits(
-        train=_limited(train, limit, seed, 0),
-        test=_limited(test, limit, seed, 1),
+        train=limited(train, limit, seed, 0),
+        test=limited(test, limit, seed, 1),
         image_column=image_column,
         label_column=label_column,
         name=name,
@@ -162,7 +162,7 @@ def labels_of(data: datasets.Dataset, column: str | None) -> Tensor:
     return torch.tensor([NO_LABEL if value is None else value for value in values], dtype=torch.int64)
 
 
-def _load(path: str | Path | datasets.DatasetDict) -> tuple[datasets.DatasetDict, str]:
+def load_splits(path: str | Path | datasets.DatasetDict) -> tuple[datasets.DatasetDict, str]:
     """Return what the path names, or the given data itself, and a short name for it."""
     import datasets
 
@@ -249,7 +249,7 @@ def _has_labels(data: datasets.Dataset, column: str | None) -> bool:
     return bool((labels_of(data, column) != NO_LABEL).any())
 
 
-def _limited(data: datasets.Dataset | None, limit: int | None, seed: int, split: int) -> datasets.Dataset | None:
+def limited(data: datasets.Dataset | None, limit: int | None, seed: int, split: int) -> datasets.Dataset | None:
     """Return at most `limit` items at random, in stored order."""
     if data is None or limit is None or limit >= len(data):
         return data

@@ -24,11 +24,11 @@ from acmize import ops
 from acmize.bench import check_device, dense_of, real_images
 from acmize.controls import random_choice
 from acmize.cost import evaluating
-from acmize.damage import logits_of
 from acmize.errors import AcmizeError
 from acmize.gates import AdaptiveModule, Choose, Gate, choosing, full_width, gates_of, record
 from acmize.hosts import example_input
 from acmize.hub import from_pretrained, save_pretrained
+from acmize.inputs import logits_of
 from acmize.kernels.linear import is_available
 from acmize.methods.token_merging import schedule_of, set_schedule
 

@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from acmize.checkpoint import load_tensors, save_tensors
 from acmize.controls import gates_share, static_width
 from acmize.cost import count_macs
-from acmize.damage import logits_of
 from acmize.gates import Choose, Gate, choosing
 from acmize.hosts import example_input
+from acmize.inputs import logits_of
 from acmize.losses import teacher_loss
 from acmize.methods.token_merging import set_schedule
 from acmize.phases._loop import fit

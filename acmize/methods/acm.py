@@ -13,6 +13,8 @@ Deviations from the paper, and why
   (`"lowrank"`, N r = D O / (D + O)) costs as much as the dense layer and is not exact at k = N.
 - q, k and v that come from one fused linear, and the out projection behind them, share one gate that reads the input
   of the attention: the gates cost half as much (docs/log.md).
+- Under rotary positions q and k cannot be rotated; the pairs of dimensions that turn together are ordered by energy
+  (`paired`), which is exact at k = N too.
 - Every learner adds a bias of its own, s_n(x) = W2_n act(W1_n x) + beta_n, which lets the mean of what is left out be
   put back in closed form.
 
@@ -118,7 +120,9 @@ class Acm:
         heads, out, fused = site.options["heads"], site.roles["out"], site.roles.get("qkv")
         bounds = _bounds(_width(modules[out])[1] // heads, config.num_learners, "dimensions of a head")
         rotated = {"q": "rotate_qk", "k": "rotate_qk", "v": "rotate_vo"}
-        parts = _wanted_parts(site, [k for k, flag in rotated.items() if site.options.get(flag, True)], keep)
+        paired = bool(site.options.get("paired_qk"))
+        cut = [k for k, flag in rotated.items() if site.options.get(flag, True) or (paired and flag == "rotate_qk")]
+        parts = _wanted_parts(site, cut, keep)
         if site.options.get("rotate_vo", True) and keep(out, out):
             parts.append(("out", out, out))
         shared = fused is not None and parts and parts[0][0] != "out"  # one gate for q, k, v and out
@@ -126,10 +130,14 @@ class Acm:
         for kind, fqn, target in parts:
             outputs, inputs = _width(modules[target])
             per_unit = outputs if kind == "out" else inputs
-            macs = tuple(per_unit * heads * (b - a) for a, b in pairwise(bounds))
+            form, widths = "rotated", bounds
+            if paired and kind in ("q", "k"):
+                pairs = _bounds(bounds[-1] // 2, config.num_learners, "pairs of rotary dimensions of a head")
+                form, widths = "paired", tuple(2 * b for b in pairs)
+            macs = tuple(per_unit * heads * (b - a) for a, b in pairwise(widths))
             dim = _width(modules[fused])[1] if shared and fused else inputs
             entry = self._entry(
-                fqn, target, kind, "rotated", bounds, heads, macs, dim, len(parts) if shared else 1, config, site
+                fqn, target, kind, form, widths, heads, macs, dim, len(parts) if shared else 1, config, site
             )
             entries.append({**entry, "gate_at": fused if shared else target})
         return entries
@@ -230,7 +238,7 @@ class Acm:
         first = entries[0]
         width, dim = _width(modules[first.target])
         if first.fqn == first.target:
-            return {first.kind: Expand(dim, width, True, first.bounds, first.heads)}
+            return {first.kind: Expand(dim, width, True, first.bounds, first.heads, first.form == "paired")}
         adaptive, width = {e.kind: e for e in entries}, width // 3
         parts: dict[str, nn.Module] = {}
         for kind in ("q", "k", "v"):

@@ -8,23 +8,26 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from acmize.padding import rows, watching
+
 Seen = dict[str, tuple[Tensor, Tensor]]
 
 
 @contextmanager
 def capture(source: nn.Module, paths: Sequence[str]) -> Iterator[Seen]:
-    """While open, each forward of `source` leaves path -> (input, output) in the yielded dictionary."""
+    """While open, each forward of `source` leaves path -> (input, output), without padded tokens."""
     seen: Seen = {}
 
     def hook(path: str) -> Any:
         def keep(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[path] = inputs[0].detach(), output.detach()
+            seen[path] = rows(inputs[0].detach(), padding(path)), rows(output.detach(), padding(path))
 
         return keep
 
     handles = [source.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
     try:
-        yield seen
+        with watching(source) as padding:
+            yield seen
     finally:
         for handle in handles:
             handle.remove()

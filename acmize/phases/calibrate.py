@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from acmize.cost import evaluating
 from acmize.gates import record, set_dial
+from acmize.inputs import Batch, forward
 from acmize.methods.token_merging import schedule_of, set_schedule
 from acmize.plan import Plan
 
@@ -62,21 +63,23 @@ class Calibration:
         return {"budgets": list(self.budgets), "dials": list(self.dials)}
 
 
-def realised(model: nn.Module, plan: Plan, batches: Sequence[Tensor]) -> Tensor:
-    """(samples,) executed MACs of the whole model, as a share of the dense model's, set as it is."""
-    shares, rest = [], plan.macs_rest(schedule_of(model))
+def realised(model: nn.Module, plan: Plan, batches: Sequence[Batch]) -> Tensor:
+    """(samples,) executed MACs of the whole model, as a share of the dense model's mean, set as it is."""
+    spent, dense, schedule = [], [], schedule_of(model)
     with evaluating(model):
         for batch in batches:
             with record(model, len(batch)) as seen:
-                model(batch)
-            shares.append((rest + seen.executed().double()) / plan.macs_dense)
-    return torch.cat(shares).cpu()
+                forward(model, batch)
+            macs = plan.account(seen.executed().double(), seen.tokens, schedule)
+            spent.append(macs[0])
+            dense.append(macs[1])
+    return (torch.cat(spent) / torch.cat(dense).mean()).cpu()
 
 
 def calibrate(
     model: nn.Module,
     plan: Plan,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     budgets: Sequence[float] = (0.9, 0.75, 0.6, 0.5, 0.4),
     *,
     tolerance: float = TOLERANCE / 4,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from acmize.gates import AdaptiveModule, choosing, full_width
+from acmize.inputs import forward
 from acmize.layers import Contract
 from acmize.losses import distillation
 from acmize.phases._capture import capture, tokens_of
@@ -67,7 +68,7 @@ def distill(
     def loss(batch: Any, step: int) -> dict[str, Tensor]:
         inputs = batch[0] if isinstance(batch, list | tuple) else batch
         with torch.no_grad(), choosing(source, full_width), capture(source, list(sites)) as seen:
-            source(inputs)
+            forward(source, inputs)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         terms = {}
         for path, module in sites.items():

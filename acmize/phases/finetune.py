@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acmize.damage import logits_of
 from acmize.gates import Recorder, record
+from acmize.inputs import Batch, Inputs, counted, forward, logits_of
 from acmize.losses import budget_loss, diversity_loss, entropy_loss, task_loss, teacher_loss
 from acmize.phases._loop import FitConfig, History, fit
 from acmize.phases.calibrate import Calibration, set_budget
@@ -97,7 +97,6 @@ def finetune(
             inputs, labels = mix(inputs, labels, step)
         budget = drawn_budget(losses.budgets, config.seed, step)
         set_budget(model, plan, calibration, budget)
-        rest = plan.macs_rest(plan.schedule(budget))
         with torch.no_grad():
             teacher_features, teacher_logits = features_and_logits(teacher, inputs)
         with record(model, len(inputs), keep_inputs=losses.entropy > 0) as seen:
@@ -105,7 +104,8 @@ def finetune(
         terms = {"teacher": teacher_loss(logits, teacher_logits)}
         terms["task"] = task_loss(logits, labels, losses.label_smoothing)
         terms["features"] = _relative(features, teacher_features)
-        compute = (rest + seen.differentiable()) / plan.macs_dense
+        spent, dense = plan.account(seen.differentiable(), seen.tokens, plan.schedule(budget))
+        compute = spent / dense
         terms["budget"] = budget_loss(compute, budget)
         terms["diversity"] = diversity_loss(compute)
         terms["entropy"] = entropy_loss(_soft_choices(seen)) if losses.entropy else logits.new_zeros(())
@@ -127,8 +127,12 @@ def drawn_budget(budgets: tuple[float, float], seed: int, step: int) -> float:
     return low + (high - low) * math.modf((step + 1 + seed) * 0.6180339887498949)[0]
 
 
-def features_and_logits(model: nn.Module, inputs: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Final features, where the model separates them (timm), and logits."""
+def features_and_logits(model: nn.Module, inputs: Batch) -> tuple[Tensor | None, Tensor]:
+    """Final features, where the model separates them (timm; a speech encoder's frames), and logits as rows."""
+    if isinstance(inputs, Inputs):
+        output = forward(model, inputs)
+        features = getattr(output, "encoder_last_hidden_state", None)
+        return None if features is None else features.flatten(0, 1), counted(output.logits, inputs)
     if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
         features = model.forward_features(inputs)  # pyright: ignore[reportCallIssue]
         return features, model.forward_head(features)  # pyright: ignore[reportCallIssue]
@@ -152,6 +156,8 @@ def _soft_choices(seen: Recorder) -> list[Tensor]:
             continue
         for keep in decision.keep.unbind(-2):
             p = F.pad(keep, (1, 0), value=1.0) - F.pad(keep, (0, 1))
+            if (valid := decision.valid) is not None:  # the mean over tokens is then one over real tokens
+                p = p * (valid / valid.float().mean(-1, keepdim=True))[..., None]
             out.append(p.reshape(seen.samples, -1, p.shape[-1]))
     return out
 

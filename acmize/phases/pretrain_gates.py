@@ -18,6 +18,7 @@ from acmize.cost import evaluating
 from acmize.damage import GateData
 from acmize.errors import AcmizeError
 from acmize.gates import AdaptiveModule, ClassificationGate, DamageGate, Gate, choosing, full_width
+from acmize.inputs import Batch, forward
 from acmize.losses import classification, gamma_deviance, threshold_labels
 from acmize.phases._capture import capture, tokens_of
 from acmize.phases._loop import FitConfig, History, fit
@@ -122,7 +123,7 @@ def _unfold(gate: DamageGate, mean: Tensor, std: Tensor) -> None:
 def collect_errors(
     model: nn.Module,
     source: nn.Module,
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     *,
     generator: torch.Generator,
     keep_tokens: float = 0.1,
@@ -142,7 +143,7 @@ def collect_errors(
     with evaluating(model, source), capture(source, list(adaptive)) as seen:
         for batch in batches:
             with choosing(source, full_width):
-                source(batch)
+                forward(source, batch)
             for path, group in deciding.items():
                 x, _ = tokens_of(adaptive[path], *seen[path])
                 pick = torch.randperm(len(x), generator=generator)[: max(1, round(keep_tokens * len(x)))].to(x.device)

@@ -1,0 +1,236 @@
+"""Audio data sets from anything `datasets` opens with an audio column, decoded by soundfile, at the model's rate.
+
+Transcripts are optional, and only used to measure. Nothing is decoded before it is asked for.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from acmize.batches import Stream, numpy_generator
+from acmize.errors import AcmizeError
+from acmize.splits import TEST_NAMES, limited, load_splits
+
+if TYPE_CHECKING:
+    import datasets
+
+_AUDIO_NAMES = ("audio", "speech", "file")
+_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3", ".aiff")
+_TEXT_NAMES = ("transcription", "transcript", "text", "sentence", "normalized_text")
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One recording: `wave` (L,) float32 at the model's rate, `text` its transcript or None, `key` to tell it by."""
+
+    wave: Tensor
+    text: str | None
+    key: tuple[str, int]
+
+
+class AudioSet:
+    """Utterances of one split, decoded when asked for.
+
+    Args:
+        data: rows with an audio column.
+        name: of the split, part of every utterance's key.
+        audio_column: column with the recordings.
+        text_column: column with the transcripts, or None.
+        rate: of the model, in Hz; recordings of another rate are resampled by soxr.
+    """
+
+    def __init__(
+        self, data: datasets.Dataset, name: str, audio_column: str, text_column: str | None, rate: int
+    ) -> None:
+        import datasets
+
+        undecoded = isinstance(data.features[audio_column], datasets.Audio)
+        self._rows = data.cast_column(audio_column, datasets.Audio(decode=False)) if undecoded else data
+        self.name, self.rate = name, rate
+        self._audio, self._text = audio_column, text_column
+        self.labels_N = torch.full((len(data),), -1)  # no classes: what is learnt comes from the dense model
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Utterance:
+        row: Any = self._rows[index]
+        stored = row[self._audio]
+        wave, rate = _decode(stored, f"recording {index} of {self.name}")
+        if rate != self.rate:
+            import soxr
+
+            wave = soxr.resample(wave, rate, self.rate)
+        text = row.get(self._text) if self._text else None
+        return Utterance(torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32)), text, (self.name, index))
+
+    def __iter__(self) -> Iterator[Utterance]:
+        return (self[i] for i in range(len(self)))
+
+    def seconds(self) -> list[float]:
+        """Length of every recording, from the files' headers."""
+        import soundfile
+
+        return [soundfile.info(_file(row[self._audio])).duration for row in self._rows]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioSplits:
+    """The splits of an audio data set: `train`, `test` (or None each), and what to call it in tables."""
+
+    train: datasets.Dataset | None
+    test: datasets.Dataset | None
+    name: str
+
+    def split(self, which: str) -> datasets.Dataset:
+        """A split.
+
+        Raises:
+            AcmizeError: the data has no such split.
+        """
+        found = self.train if which == "train" else self.test
+        if found is None:
+            raise AcmizeError(f"data {self.name!r}: found no {which} split, expected one; add it")
+        return found
+
+    def audio(self, data: datasets.Dataset, split: str, rate: int) -> AudioSet:
+        """A split, or a part of it, as utterances."""
+        return AudioSet(data, split, _audio_column(data, self.name), _text_column(data), rate)
+
+
+def open_audio(path: str | Path | datasets.DatasetDict, *, limit: int | None = None, seed: int = 0) -> AudioSplits:
+    """Open an audio data set.
+
+    Args:
+        path: local folder (an audio folder with or without metadata.csv; parquet files), id on the Hugging Face Hub, or
+            a loaded `DatasetDict`. Splits may have different columns: unlabelled train, test with transcripts.
+        limit: take at most so many recordings of each split, at random.
+        seed: of that choice.
+
+    Raises:
+        AcmizeError: nothing there, no audio in it, no known split.
+    """
+    if limit is not None and limit < 1:
+        raise AcmizeError(f"limit: found {limit}, expected at least 1; leave it out to take all recordings")
+    splits, name = _load(path)
+    by_name = {str(key).lower(): data for key, data in splits.items()}
+    test = next((by_name[key] for key in TEST_NAMES if key in by_name), None)
+    train = by_name.get("train")
+    if train is None and test is None:
+        found = ", ".join(map(repr, splits))
+        raise AcmizeError(f"data {name!r}: found the splits {found}, expected 'train' or 'test'; rename the folders")
+    return AudioSplits(train=limited(train, limit, seed, 0), test=limited(test, limit, seed, 1), name=name)
+
+
+def buckets(seconds: Sequence[float], size: int, *, seed: int | None = None, epoch: int = 0) -> list[list[int]]:
+    """Indices in batches of similar length: sorted within pools of 16 batches.
+
+    Args:
+        seconds: length of every recording.
+        size: recordings in a batch at most.
+        seed: of the order of pools and batches; None: stored order.
+        epoch: another one each time.
+    """
+    order = np.arange(len(seconds))
+    if seed is not None:
+        order = numpy_generator(Stream.ORDER, seed, epoch).permutation(len(seconds))
+    batches = []
+    for start in range(0, len(order), 16 * size):
+        pool = order[start : start + 16 * size]
+        if size > 1:
+            pool = pool[np.argsort([seconds[i] for i in pool], kind="stable")]
+        batches += [pool[i : i + size].tolist() for i in range(0, len(pool), size)]
+    if seed is not None and size > 1:
+        shuffled = numpy_generator(Stream.ORDER, seed, epoch, 1).permutation(len(batches))
+        batches = [batches[i] for i in shuffled]
+    return batches
+
+
+def _load(path: Any) -> tuple[Any, str]:
+    """Splits by name, and a name for the data.
+
+    A folder of recordings is read here, one split after another: `datasets` wants torchcodec, and so FFmpeg, to open
+    one, and the same columns in every split.
+    """
+    folder = Path(path).expanduser() if isinstance(path, str | Path) and str(path) else None
+    if folder is None or not folder.is_dir() or not any(_recordings(folder)):
+        return load_splits(path)
+    names = [n for n in ("train", *TEST_NAMES) if (folder / n).is_dir()]
+    parts = {n: folder / n for n in names} or {"train": folder}
+    return {n: _folder_split(part) for n, part in parts.items()}, folder.resolve().name
+
+
+def _recordings(folder: Path) -> Iterator[Path]:
+    return (file for file in sorted(folder.rglob("*")) if file.suffix.lower() in _SUFFIXES)
+
+
+def _folder_split(folder: Path) -> datasets.Dataset:
+    """Recordings of a folder with the columns of its metadata.csv or metadata.jsonl (`file_name` and others)."""
+    import datasets
+
+    rows: list[dict[str, Any]] = [{"file_name": str(file.relative_to(folder))} for file in _recordings(folder)]
+    if (table := folder / "metadata.csv").is_file():
+        with table.open(encoding="utf-8", newline="") as lines:
+            rows = list(csv.DictReader(lines))
+    elif (table := folder / "metadata.jsonl").is_file():
+        rows = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if rows and "file_name" not in rows[0]:
+        raise AcmizeError(f"{table}: found the columns {', '.join(rows[0])}, expected file_name among them; add it")
+    files = [folder / str(row.pop("file_name")) for row in rows]
+    missing = next(
+        (file for file in files if not file.is_file() or not file.resolve().is_relative_to(folder.resolve())), None
+    )
+    if missing is not None:
+        raise AcmizeError(f"{table}: names {missing}, which is no file in {folder}; mend or remove the row")
+    made = [{"audio": {"path": str(file), "bytes": None}, **row} for file, row in zip(files, rows, strict=True)]
+    return datasets.Dataset.from_list(made)
+
+
+def _audio_column(data: datasets.Dataset, name: str) -> str:
+    import datasets
+
+    def holds_audio(feature: Any) -> bool:
+        return isinstance(feature, datasets.Audio) or (isinstance(feature, dict) and {*feature} == {"path", "bytes"})
+
+    columns = [column for column, feature in data.features.items() if holds_audio(feature)]
+    usual = [column for column in _AUDIO_NAMES if column in columns] or columns
+    if usual:
+        return usual[0]
+    found = ", ".join(data.features)
+    raise AcmizeError(f"data {name!r}: found the columns {found}, expected one with audio; give a folder of recordings")
+
+
+def _text_column(data: datasets.Dataset) -> str | None:
+    return next((column for column in _TEXT_NAMES if column in data.features), None)
+
+
+def _file(stored: dict[str, Any]) -> Any:
+    return stored["path"] if stored.get("bytes") is None else io.BytesIO(stored["bytes"])
+
+
+def _decode(stored: dict[str, Any] | None, what: str) -> tuple[np.ndarray, int]:
+    """(L,) float32 samples, channels averaged, and their rate."""
+    try:
+        import soundfile
+    except ImportError:
+        raise AcmizeError("audio: soundfile is missing; pip install 'acmize[speech]'") from None
+    if stored is None:
+        raise AcmizeError(f"{what}: found none, expected audio; take the row out of the data")
+    try:
+        wave, rate = soundfile.read(_file(stored), dtype="float32", always_2d=True)
+    except (OSError, RuntimeError) as error:
+        where = stored.get("path") or "stored in the data"
+        raise AcmizeError(f"{what} ({where}): expected readable audio, found: {error}; repair or remove it") from None
+    if not len(wave):
+        raise AcmizeError(f"{what}: found no samples, expected audio; take the row out of the data")
+    return wave.mean(1), int(rate)

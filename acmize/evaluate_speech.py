@@ -1,0 +1,229 @@
+"""Word error rate against executed MACs of a speech model, at a list of budgets.
+
+Words are compared lower-cased, without punctuation, white space run together (`normalise`): jiwer's WER and CER over
+all utterances. Without transcripts, what is left is the agreement with the dense model's own.
+
+Shapes: B samples, T frames, U tokens, C classes.
+"""
+
+from __future__ import annotations
+
+import string
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from acmize.audio import Utterance
+from acmize.cost import evaluating
+from acmize.gates import Choose, Recorder, choosing, record
+from acmize.inputs import Inputs, counted, forward
+from acmize.plan import Plan
+from acmize.speech import Listener, Spoken
+
+SILENT_DB = -30.0  # of a frame's energy, below the loud frames of its utterance
+_STRIP = str.maketrans("", "", string.punctuation)
+
+
+def normalise(text: str) -> str:
+    """Lower-cased, ASCII punctuation stripped, white space run together."""
+    return " ".join(text.lower().translate(_STRIP).split())
+
+
+def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> tuple[float, float]:
+    """WER and CER of normalised texts, over all utterances together."""
+    import jiwer
+
+    pairs = [(normalise(r), normalise(h)) for r, h in zip(references, hypotheses, strict=True)]
+    wanted, found = [r for r, _ in pairs], [h for _, h in pairs]
+    return float(jiwer.wer(wanted, found)), float(jiwer.cer(wanted, found))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechReference:
+    """The dense model's answers, computed once.
+
+    Attributes:
+        references: transcripts of the data, or None where an utterance has none.
+        texts: the dense model's transcripts; empty strings where it writes no text.
+        scores: (utterances,) mean log-likelihood of its own tokens (of its distribution, for a CTC model).
+        answers: for a model without a decoder, its log-probabilities of each utterance, (T, C).
+        seconds: that it took.
+    """
+
+    references: list[str | None]
+    texts: list[str]
+    scores: Tensor
+    answers: list[Tensor]
+    seconds: float
+
+    @property
+    def rates(self) -> tuple[float, float] | None:
+        """WER and CER of the dense model, or None without transcripts."""
+        return _rates(self.references, self.texts)
+
+    @property
+    def described(self) -> dict[str, float | None]:
+        """What stands for the dense model in the results."""
+        wer, cer = self.rates or (None, None)
+        return {"wer": wer, "cer": cer, "accuracy": None if wer is None else 1 - wer}
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def reference_speech(dense: nn.Module, batches: Spoken) -> SpeechReference:
+    """Run the dense model over the utterances."""
+    start = time.perf_counter()
+    references: list[str | None] = []
+    texts: list[str] = []
+    scores: list[Tensor] = []
+    answers: list[Tensor] = []
+    listener = batches.listener
+    with evaluating(dense):
+        for inputs, utterances in batches:
+            for u, logp in zip(utterances, _each(forward(dense, inputs).logits, inputs), strict=True):
+                references.append(u.text)
+                scores.append(_score(listener, u, logp, logp))
+                if listener.generates:
+                    texts.append(listener.text(listener.said(u)))
+                else:
+                    answers.append(logp.half())
+                    texts.append(_spelled(listener, logp))
+    return SpeechReference(
+        references=references, texts=texts, scores=torch.stack(scores), answers=answers,
+        seconds=time.perf_counter() - start,
+    )  # fmt: skip
+
+
+def evaluate_speech_at(
+    model: Any, plan: Plan, batches: Spoken, dense: SpeechReference, choose: Choose | None = None
+) -> dict[str, Any]:
+    """Error rates and executed work of the model as its gates stand (or as `choose` forces them).
+
+    Args:
+        model: the converted model.
+        plan: its plan.
+        batches: as `reference_speech` saw them.
+        dense: from `reference_speech`.
+        choose: in place of the gates.
+
+    Returns:
+        wer and cer (None without transcripts), accuracy = 1 - wer, agreement (share of utterances written as the dense
+        model wrote them), kl (by how much the dense model's own tokens, or distributions, lost in mean log-likelihood),
+        macs_ratio, macs_ratio_std (spread of the samples' own shares), choice_silent and choice_speech (mean share of
+        the learners that a silent frame and one of speech run), seconds, sites.
+    """
+    start, texts, scores, spent, whole, load = time.perf_counter(), [], [], [], [], {}
+    by_kind: tuple[list[Tensor], list[Tensor]] = ([], [])
+    listener = batches.listener
+    with evaluating(model), choosing(model, choose):
+        for inputs, utterances in batches:
+            with record(model, len(inputs)) as seen:
+                output = forward(model, inputs)
+            macs = plan.account(seen.executed().double().cpu(), seen.tokens)
+            spent.append(macs[0])
+            whole.append(macs[1])
+            for name, parts in seen.macs.items():
+                load.setdefault(name, []).append((parts[-1] / seen.most[name]).cpu())
+            for i, (u, logp) in enumerate(zip(utterances, _each(output.logits, inputs), strict=True)):
+                choices = mean_choices(seen, plan, i)
+                silent = silent_frames(u.wave, len(choices))
+                for kind, frames in zip(by_kind, (silent, ~silent), strict=True):
+                    kind.append(choices[frames])
+                answer = logp if listener.generates else dense.answers[len(scores)].to(logp)
+                scores.append(_score(listener, u, logp, answer))
+                if not listener.generates:
+                    texts.append(_spelled(listener, logp))
+                elif batches.writes:
+                    texts.append(_written(listener, model, u, inputs, output, i))
+    macs, most = torch.cat(spent), torch.cat(whole)
+    rates = _rates(dense.references, texts) if texts else None
+    same = [normalise(a) == normalise(b) for a, b in zip(texts, dense.texts, strict=True)] if texts else []
+    return {
+        "macs_ratio": (macs.mean() / most.mean()).item(),
+        "macs_ratio_std": (macs / most).std(correction=0).item(),
+        "macs": macs.mean().item(),
+        "wer": None if rates is None else rates[0],
+        "cer": None if rates is None else rates[1],
+        "accuracy": None if rates is None else 1 - rates[0],
+        "agreement": sum(same) / len(same) if same else None,
+        "kl": (dense.scores - torch.stack(scores)).mean().item(),
+        "choice_silent": _mean(by_kind[0]),
+        "choice_speech": _mean(by_kind[1]),
+        "seconds": time.perf_counter() - start,
+        "sites": {name: torch.cat(parts).mean().item() for name, parts in load.items()},
+    }
+
+
+def silent_frames(wave: Tensor, frames: int) -> Tensor:
+    """(frames,) True where an energy detector hears nothing: `SILENT_DB` below the utterance's 95th percentile.
+
+    Args:
+        wave: (L,) samples, cut into as many windows as there are frames.
+        frames: T.
+    """
+    edges = torch.linspace(0, len(wave), frames + 1).long()
+    total = torch.nn.functional.pad(wave.double().square().cumsum(0), (1, 0))
+    energy = (total[edges[1:]] - total[edges[:-1]]) / (edges[1:] - edges[:-1]).clamp_min(1)
+    level = 10 * energy.clamp_min(1e-12).log10()
+    return level < level.quantile(0.95) + SILENT_DB
+
+
+def mean_choices(seen: Recorder, plan: Plan, sample: int) -> Tensor:
+    """(T,) mean share of the learners that each frame of a sample ran, over the sites that see its frames."""
+    first = seen.per_token[plan.entries[0].fqn][sample]
+    shares = [
+        seen.per_token[e.fqn][sample] / e.num_learners
+        for e in plan.entries
+        if seen.per_token[e.fqn].shape[1] == len(first)
+    ]
+    return torch.stack(shares).mean(0)[first >= 0].cpu()
+
+
+def _mean(parts: list[Tensor]) -> float | None:
+    together = torch.cat(parts)
+    return together.mean().item() if len(together) else None
+
+
+def _each(logits: Tensor, inputs: Inputs) -> list[Tensor]:
+    """Log-probabilities of each utterance, (rows, C), padding left out."""
+    if logits.dim() == 2:
+        logits = logits[:, None]
+    out = []
+    for i, one in enumerate(logits):
+        counts = None if inputs.counts is None else inputs.counts[i : i + 1]
+        out.append(counted(one[None], Inputs({}, counts)).float().log_softmax(-1).cpu())
+    return out
+
+
+def _score(listener: Listener, utterance: Utterance, logp: Tensor, dense: Tensor) -> Tensor:
+    """Mean log-likelihood of the dense model's tokens, or of its distribution where it writes none."""
+    if listener.generates:
+        return logp.gather(1, listener.said(utterance).cpu()[:, None]).mean()
+    return (dense.exp() * logp).sum(-1).mean()
+
+
+def _spelled(listener: Listener, logp: Tensor) -> str:
+    """Greedy text of a model without a decoder: CTC labels; "" for a classifier."""
+    if listener.processor.tokenizer is None:
+        return str(int(logp.argmax(-1)[0]))
+    return listener.text(logp.argmax(-1))
+
+
+def _written(listener: Listener, model: Any, utterance: Utterance, inputs: Inputs, output: Any, i: int) -> str:
+    """What the model itself writes, from the encoder's output of this pass."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    states = output.encoder_last_hidden_state[i : i + 1]
+    seconds = len(utterance.wave) / listener.processor.rate
+    encoded = BaseModelOutput(last_hidden_state=states)
+    return listener.text(listener.generate(model, Inputs({"encoder_outputs": encoded}), seconds))  # pyright: ignore
+
+
+def _rates(references: Sequence[str | None], texts: Sequence[str]) -> tuple[float, float] | None:
+    known = [(r, t) for r, t in zip(references, texts, strict=True) if r is not None and normalise(r)]
+    return error_rates([r for r, _ in known], [t for _, t in known]) if known else None
