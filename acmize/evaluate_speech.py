@@ -221,6 +221,7 @@ def _written(listener: Listener, model: Any, utterance: Utterance, inputs: Input
     states = output.encoder_last_hidden_state[i : i + 1]
     seconds = len(utterance.wave) / listener.processor.rate
     encoded = BaseModelOutput(last_hidden_state=states)
+    encoded.attention_mask = None  # Moonshine reads it; batches of speech-to-text models have no padding
     return listener.text(listener.generate(model, Inputs({"encoder_outputs": encoded}), seconds))  # pyright: ignore
 
 
