@@ -334,7 +334,8 @@ class _Conversion:
 
     def _calibrate(self, budgets: Iterable[float], tolerance: float = 0.0025) -> Calibration:
         batches = list(self.images.batches(self.images.held, 64 if tolerance > 0.01 else 200))
-        reachable = [b for b in budgets if b >= self.plan.budget_range[0]]
+        floor = self.plan.budget_range[0]
+        reachable = [b for b in budgets if b >= floor] or [floor + 0.01]
         return calibrate(self.model, self.plan, batches, reachable, tolerance=tolerance)
 
     def _evaluate(self, budgets: Sequence[float]) -> dict[str, Any]:

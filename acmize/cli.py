@@ -180,6 +180,8 @@ def convert(
     recipe = _recipe(preset, config, flags)
     check_replaceable(output)
     dense = load_model(model, weights)
+    if target_ms is not None:
+        _images_only(dense, "--budget as a time")
     work = output.absolute().with_name(output.absolute().name + ".work")
     made = run(dense, data=data, recipe=recipe, base=base_of(dense), work=work, resume=resume, output=output)
     met = target_ms is None or _keep_time(made, dense, data, output, target_ms, latency_batch)
@@ -329,8 +331,10 @@ def bench(
     found: dict[str, Any] = {}
     if source is not None:
         sizes = batch_size or BATCH_SIZES
+        model = from_pretrained(source)
+        _images_only(model, "bench")
         found |= bench_saved(
-            from_pretrained(source), data, weights=weights, budgets=budget, batch_sizes=sizes, setting=setting,
+            model, data, weights=weights, budgets=budget, batch_sizes=sizes, setting=setting,
             limit=limit, compiled=not no_compile,
         )  # fmt: skip
     if ops:
@@ -398,6 +402,7 @@ def verify(
 
     compiler = None if no_compile else "inductor"
     model = from_pretrained(source)
+    _images_only(model, "verify")
     found = verify_saved(model, data, weights=weights, limit=limit, seed=seed, device=device, compiler=compiler)
     if as_json:
         print(json.dumps(found))
@@ -438,6 +443,13 @@ def _acm(num_learners: int | None, learner_dim: int | None) -> dict[str, Any]:
 
 def _given(**options: Any) -> dict[str, Any]:
     return {k: v for k, v in options.items() if v is not None}
+
+
+def _images_only(model: Any, what: str) -> None:
+    from acmize.hosts_speech import is_speech
+
+    if is_speech(model):
+        raise AcmizeError(f"{what}: found {type(model).__name__}, a speech model; it works on images only so far")
 
 
 def _tuple(values: list[str] | None) -> tuple[str, ...] | None:

@@ -193,6 +193,8 @@ def test_commands(saved: Path, recordings: Path, tmp_path: Path, run_command: An
     assert "WER" in told.out
     status, told = run_command("eval", tmp_path / "out", "--data", recordings, "--budget", 0.9, "--json")
     assert json.loads(told.out)["results"][0]["budget"] == 0.9
+    status, told = run_command("verify", tmp_path / "out")
+    assert (status, "a speech model" in told.err) == (2, True)
 
 
 # --- loading --------------------------------------------------------------------------------------------------

@@ -90,12 +90,13 @@ def finetune(
     """
     model.train()
     teacher.eval()
+    low, high = (max(budget, plan.budget_range[0]) for budget in losses.budgets)
 
     def loss(batch: Any, step: int) -> dict[str, Tensor]:
         inputs, labels = batch
         if mix is not None:
             inputs, labels = mix(inputs, labels, step)
-        budget = drawn_budget(losses.budgets, config.seed, step)
+        budget = drawn_budget((low, high), config.seed, step)
         set_budget(model, plan, calibration, budget)
         with torch.no_grad():
             teacher_features, teacher_logits = features_and_logits(teacher, inputs)
