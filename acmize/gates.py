@@ -131,7 +131,7 @@ class Gate(nn.Module):
         """Energies in units of the temperature, for the soft distribution over choices."""
         return -energy / self.temperature
 
-    def _straight_through(self, energy: Tensor, valid: Tensor | None) -> Decision:
+    def _straight_through(self, energy: Tensor, valid: Tensor | None = None) -> Decision:
         p = self.soft_scores(energy).softmax(-1)
         choice = self._sample(energy)
         soft = p.flip(-1).cumsum(-1).flip(-1)[..., 1:]  # P(choice >= n + 1)
@@ -214,7 +214,7 @@ class ClassificationGate(Gate):
         low, high = self.dial_range
         return low + dial * (high - low)
 
-    def _straight_through(self, energy: Tensor, valid: Tensor | None) -> Decision:
+    def _straight_through(self, energy: Tensor, valid: Tensor | None = None) -> Decision:
         noise = -torch.empty_like(energy).exponential_().log()
         return super()._straight_through(energy - noise, valid)
 
@@ -272,7 +272,8 @@ class AdaptiveModule(nn.Module):
 
     def decide(self, x: Tensor) -> Decision:
         """Ask the gate about x (..., D), tokens on the leading axes, and tell the recorder."""
-        decision = self.gate(x, None if self.padding is None else self.padding.read(x))
+        valid = None if self.padding is None else self.padding.read(x)
+        decision = self.gate(x) if valid is None else self.gate(x, valid)
         if self.recorder is not None:
             self.recorder.add(self, x, decision)
         return decision

@@ -287,8 +287,7 @@ def build_base(base: dict[str, Any]) -> nn.Module:
         return hf_models.build(base)
     if base.get("library") != "timm":
         raise AcmizeError(
-            f"base model {base.get('architecture')!r} is not of a known library; build it and pass "
-            "from_pretrained(..., model=...)"
+            f"base model {base.get('architecture')!r} is not of timm; build it and pass from_pretrained(..., model=...)"
         )
     import timm
 
