@@ -122,7 +122,8 @@ class _Conversion:
         work: str | Path | None,
         resume: bool,
     ) -> None:
-        self.dense, self.plan, self.recipe, self.images = dense.eval(), plan, recipe, images
+        self.dense, self.plan, self.recipe = dense.eval(), plan, recipe
+        self.images: Any = images  # of either kind: what differs is inside
         self.model = convert_(copy.deepcopy(dense), plan).eval()
         self.work = None if work is None else Path(work)
         self.findings: list[Finding] = []

@@ -55,7 +55,7 @@ class AudioSet:
         import datasets
 
         undecoded = isinstance(data.features[audio_column], datasets.Audio)
-        self._rows = data.cast_column(audio_column, datasets.Audio(decode=False)) if undecoded else data
+        self._rows: Any = data.cast_column(audio_column, datasets.Audio(decode=False)) if undecoded else data
         self.name, self.rate = name, rate
         self._audio, self._text = audio_column, text_column
         self.labels_N = torch.full((len(data),), -1)  # no classes: what is learnt comes from the dense model
@@ -64,7 +64,7 @@ class AudioSet:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Utterance:
-        row: Any = self._rows[index]
+        row = self._rows[index]
         stored = row[self._audio]
         wave, rate = _decode(stored, f"recording {index} of {self.name}")
         if rate != self.rate:
