@@ -186,7 +186,7 @@ def _moonshine_frames(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def alone_only(model: Any) -> str | None:
     """Why a sample's output depends on the padding of its batch in the dense model itself, or None if it does not."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", None) == "moonshine":
         return "its convolutions are normalised over the whole batch's length"
     if getattr(config, "model_type", None) == "data2vec-audio" and config.num_conv_pos_embeddings > 1:
