@@ -265,7 +265,7 @@ class _Conversion:
             batches = self._at_drawn_budgets(self.images.batches(self.images.fit, options.images, size=20), calibration)
             data = collect_damage(
                 self.model, self.dense, batches, choose=None if number else full_width, generator=generator,
-                draws=options.draws, keep_tokens=options.keep_tokens,
+                draws=options.draws, keep_tokens=options.keep_tokens, bf16=self.recipe.mixed_precision == "bf16",
             )  # fmt: skip
             fit_damage_gates(
                 data, steps=options.steps, lr=options.lr or 3e-3, seed=seed + number, fresh=number == 0,

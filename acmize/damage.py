@@ -54,6 +54,7 @@ def collect_damage(
     generator: torch.Generator,
     draws: int = 3,
     keep_tokens: float = 0.5,
+    bf16: bool = False,
 ) -> dict[Gate, GateData]:
     """Inputs and damages of every gate.
 
@@ -65,6 +66,7 @@ def collect_damage(
         generator: for the drawn classes and the tokens kept.
         draws: classes drawn a sample, a backward pass each.
         keep_tokens: share of tokens kept, to bound memory.
+        bf16: both models under autocast: a damage spans orders of magnitude, its rounding is far below that.
 
     Returns:
         gate -> its inputs and damages, on the CPU in float32.
@@ -77,10 +79,11 @@ def collect_damage(
         p.requires_grad_(False)
     try:
         for batch in batches:
-            with torch.no_grad():
-                probabilities = logits_of(teacher(batch)).float().softmax(-1)
-            drawn = torch.multinomial(probabilities.cpu(), draws, replacement=True, generator=generator)
-            _one_batch(model, batch, drawn.to(probabilities.device), choose, generator, keep_tokens, rows)
+            with torch.autocast(batch.device.type, torch.bfloat16, enabled=bf16):
+                with torch.no_grad():
+                    probabilities = logits_of(teacher(batch)).float().softmax(-1)
+                drawn = torch.multinomial(probabilities.cpu(), draws, replacement=True, generator=generator)
+                _one_batch(model, batch, drawn.to(probabilities.device), choose, generator, keep_tokens, rows)
     finally:
         model.train(training)
         for p in frozen:

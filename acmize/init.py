@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from acmize.adaptive import AcmMlp, AcmOut, AcmProjections
 from acmize.cost import evaluating
 from acmize.layers import Contract, LowRank
+from acmize.ops import gemm
 from acmize.plan import Plan, PlanEntry
 
 Moments = dict[str, Tensor]
@@ -60,7 +61,8 @@ def collect_moments(dense: nn.Module, plan: Plan, batches: Iterable[Tensor]) -> 
             if isinstance(module, nn.Conv2d):
                 z = z.permute(0, 2, 3, 1)
             z = F.pad(z.reshape(-1, heads, z.shape[-1] // heads).float(), (0, 1), value=1.0).transpose(0, 1)
-            moments[path] = moments.get(path, 0) + (z.mT @ z).double()
+            new = gemm(z[0].T, z[0].T)[None] if heads == 1 else z.mT @ z
+            moments[path] = moments.get(path, 0) + new.double()
 
         return add
 
@@ -221,20 +223,23 @@ def order_units(moments: Tensor, w2: Tensor) -> Tensor:
         and makes the work one of matrix products.
     """
     r, _ = _covariance(moments)
-    units = len(r)
+    units, variance = len(r), r.diagonal().clone()
     step = max(1, units // 256)
+    floor = variance.max().clamp_min(1e-30) * 1e-9
     g, free, order = w2 @ r, torch.ones(units, dtype=torch.bool, device=r.device), []
-    floor = r.diagonal().max().clamp_min(1e-30) * 1e-9
-    while len(order) < units:
-        gain = g.square().sum(0) / r.diagonal().clamp_min(floor)
+    rows = r.new_empty(units, units)  # of the Cholesky factor: what is left of r is r - rows^T rows, never formed
+    while (done := len(order)) < units:
+        gain = g.square().sum(0) / variance.clamp_min(floor)
         gain[~free] = -1.0
-        best = gain.topk(min(step, units - len(order))).indices
-        order += best.tolist()
+        best = gain.topk(min(step, units - done)).indices
+        left = torch.addmm(r[best], rows[:done, best].T, rows[:done], alpha=-1)
+        w, v = torch.linalg.eigh(left[:, best])  # rounding may have made it indefinite
+        root = v / w.clamp_min(floor).sqrt()
+        new = rows[done : done + len(best)] = root.T @ left
+        g.addmm_(g[:, best] @ root, new, alpha=-1)
+        variance -= new.square().sum(0)
         free[best] = False
-        block = r[best][:, best] + floor * torch.eye(len(best), dtype=r.dtype, device=r.device)
-        scaled = torch.linalg.solve(block, r[best])
-        g = g - g[:, best] @ scaled
-        r = r - r[:, best] @ scaled
+        order += best.tolist()
     return torch.tensor(order)
 
 
