@@ -36,7 +36,7 @@ def count_macs(model: nn.Module, *inputs: Any) -> int:
     Returns:
         Multiply-adds of the whole forward.
     """
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops})
+    counter = FlopCounterMode(display=False, custom_mapping=_uncounted())
     # The counter hooks the gradient of every input of a module; a parameter that is one (a pooling query) breaks it.
     learnt = [p for p in model.parameters() if p.requires_grad]
     try:
@@ -50,9 +50,15 @@ def count_macs(model: nn.Module, *inputs: Any) -> int:
     return counter.get_total_flops() // 2
 
 
-def _addmm_flops(_into: Any, a: tuple[int, int], b: tuple[int, int], **_: Any) -> int:
-    """The sorted backend adds products into its output in place, which the counter does not know by itself."""
-    return 2 * a[0] * a[1] * b[1]
+def _uncounted() -> dict[Any, Any]:
+    """OneDNN's products, which the counter does not know by itself."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return {}
+    return {torch.ops.mkldnn._linear_pointwise: _linear_flops}
+
+
+def _linear_flops(x: tuple[int, int], weight: tuple[int, int], *_: Any, **__: Any) -> int:
+    return 2 * x[0] * weight[0] * weight[1]
 
 
 def tokens_at(model: nn.Module, names: list[str], *inputs: Any) -> dict[str, int]:

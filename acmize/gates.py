@@ -20,10 +20,13 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from acmize import ops
 
 Choose = Callable[["Gate", Tensor], Tensor]
 
@@ -32,15 +35,25 @@ Choose = Callable[["Gate", Tensor], Tensor]
 class Decision:
     """What a gate decided: `choice` (..., G) learners to run; `keep` (..., G, N), 1 where a learner runs.
 
-    `keep` is None in plain inference; where it is set it carries the gradient.
+    `keep` is None in plain inference; where it is set it carries the gradient. The decision of one group has `order`:
+    learners -> its tokens in the order of their choice.
     """
 
     choice: Tensor
     keep: Tensor | None = None
+    order: Callable[[int], ops.Order] | None = field(default=None, repr=False, compare=False)
+    _orders: list[ops.Order] = field(default_factory=list, repr=False, compare=False)
 
     def group(self, g: int) -> Decision:
         """The decision of one group: choice (...), keep (..., N)."""
-        return Decision(self.choice[..., g], None if self.keep is None else self.keep[..., g, :])
+        keep = None if self.keep is None else self.keep[..., g, :]
+        return Decision(self.choice[..., g], keep, partial(self._order, g))
+
+    def _order(self, g: int, num_learners: int) -> ops.Order:
+        """All groups are sorted at once, when the first is asked for."""
+        if not self._orders:
+            self._orders.extend(ops.sort_tokens(self.choice.flatten(0, -2), num_learners))
+        return self._orders[g]
 
     def keep_or_hard(self, num_learners: int, dtype: torch.dtype) -> Tensor:
         """`keep`, or the hard 0/1 mask of `choice`."""
@@ -138,6 +151,9 @@ class Gate(nn.Module):
         return energy.argmin(-1) + self.min_choice
 
 
+_GELU = nn.GELU()
+
+
 class DamageGate(Gate):
     """Predicts log damage and weighs it against the price of MACs.
 
@@ -158,9 +174,12 @@ class DamageGate(Gate):
 
         `dial` (..., 1) is the position of the dial for each token; the gate's own by default.
         """
-        level = self.level * (self.dial if dial is None else dial)
-        h = F.linear(x, self.fc1.weight) + (self.fc1.bias + level)
-        eta = self.fc2(F.gelu(h)).unflatten(-1, (self.groups, self.num_learners))
+        bias = self.fc1.bias + self.level * (self.dial if dial is None else dial)
+        if dial is None and ops.pick_backend(x) == "sorted" and not torch.compiler.is_compiling():
+            h = ops.gemm(x.flatten(0, -2), self.fc1.weight, bias, _GELU).unflatten(0, x.shape[:-1])
+        else:
+            h = F.gelu(F.linear(x, self.fc1.weight) + bias)
+        eta = self.fc2(h).unflatten(-1, (self.groups, self.num_learners))
         return eta.float().clamp(-25.0, 10.0)
 
     def energies(self, x: Tensor) -> Tensor:

@@ -193,7 +193,7 @@ def _init_lowrank(acm: Any, dense: Any, e: PlanEntry, moments: Tensor) -> None:
         part = "qkv".index(e.kind)
         weight, bias = weight.chunk(3)[part], bias.chunk(3)[part]
         for key in acm.parts:
-            if type(getattr(acm, key)) is nn.Linear:
+            if not isinstance(getattr(acm, key), LowRank):
                 other = "qkv".index(key)
                 full, full_bias = _linear(dense)
                 _copy(getattr(acm, key), full.chunk(3)[other], full_bias.chunk(3)[other])

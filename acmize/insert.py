@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from acmize.errors import AcmizeError
+from acmize.layers import fast_products_
 from acmize.methods.token_merging import install_merging, why_not
 from acmize.plan import Plan
 from acmize.registry import method_for
@@ -46,4 +47,5 @@ def convert_(model: nn.Module, plan: Plan) -> nn.Module:
         setattr(model.get_submodule(parent), name, module)
     if plan.merging is not None:
         install_merging(model)
+    fast_products_(model)
     return model

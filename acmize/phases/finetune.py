@@ -36,7 +36,6 @@ class FinetuneConfig:
         features: weight of the squared distance to the dense model's final features, relative to their variance.
         budget: a_b; entropy: a_e; diversity: a_d (0.1, 0.05, 0.05 in the paper's text and code).
         budgets: range from which a step's budget is drawn; two equal ends train one budget, as published.
-        full_width: share of steps at full width, which keeps the largest budgets close to the dense model.
     """
 
     task: float = 0.25
