@@ -11,13 +11,13 @@ What is published computes F(x) to decide whether to compute F(x), so nothing is
     oracle    as published: everything runs, then the gate decides; 0 % is saved, and the results say so. It tells
               whether CIR helps at all.
 
-Gates: "cosine" (above); "plain", the same without CIR (ConvNet-AIG, arXiv 1711.11503), its control; "damage", the gate of
-the other methods. All three read the same pooled input, are on one scale, log damage, and so have one price and one dial:
-labels are not needed to start them (phase 2 fits them to damages). The first two are trained in phase 3 with Gumbel noise.
+Gates: "cosine" (above); "plain", the same without CIR (ConvNet-AIG, arXiv 1711.11503), its control; "damage", the gate
+of the other methods. All three read the same pooled input, are on one scale, log damage, and so have one price and one
+dial: no labels are needed to start them (phase 2 fits them to damages). The first two are trained with Gumbel noise.
 
 Deviations from the paper, and why
-- The gate's threshold is the price of the block's MACs, so that one checkpoint serves every budget; the published penalty
-  (a hinge on the rate, without gradient in the released code) is the budget loss of phase 3, weighted by MACs.
+- The gate's threshold is the price of the block's MACs, so that one checkpoint serves every budget; the published
+  penalty (a hinge on the rate, without gradient in the released code) is the budget loss of phase 3, weighted by MACs.
 - The consistency loss is the distillation from the dense model in phase 3.
 - Blocks that change the shape always run. BatchNorm keeps the statistics of the dense model.
 
@@ -132,10 +132,11 @@ class SkippableBlock(AdaptiveModule):
         block: nn.Module,
         gate: Gate,
         name: str,
-        branch: str | None,
-        rest: str | None,
-        oracle: bool,
-        cir_loss: float,
+        *,
+        branch: str | None = None,
+        rest: str | None = None,
+        oracle: bool = False,
+        cir_loss: float = 0.0,
     ) -> None:
         super().__init__((name,))
         self.block, self.gate = block, gate
@@ -148,9 +149,8 @@ class SkippableBlock(AdaptiveModule):
         learns_cir = isinstance(self.gate, CosineGate) and self.training
         if self.oracle or learns_cir:
             y, cir = self.run_with_cir(x)
-            return self.blend(
-                x, y, self.decide(torch.cat([pooled, cir], 1)) if self.oracle else self._taught(pooled, cir)
-            )
+            decision = self.decide(torch.cat([pooled, cir], 1)) if self.oracle else self._taught(pooled, cir)
+            return self.blend(x, y, decision)
         decision = self.decide(pooled)
         if decision.keep is not None or ops.pick_backend(x) == "masked":
             return self.forward_reference(x, decision)
@@ -248,17 +248,10 @@ class CosineGateMethod(Method):
             raise Refused(f"too small: its gate would cost {gate_macs} of {macs} MACs")
         if not keep(fqn, fqn):
             return []
-        entry = {
-            "fqn": fqn,
-            "target": fqn,
-            "gate_at": fqn,
-            "kind": "block",
-            "form": "skip",
-            "bounds": (0, 1),
-            "heads": 1,
-        }
-        entry |= {"learner_macs": (macs,), "gate_macs": gate_macs, "min_choice": 0, "tokens": 1, "macs": macs}
-        return [{**entry, "roles": dict(site.roles), "options": {**site.options, "channels": taken[1]}}]
+        options = {**site.options, "channels": taken[1]}
+        entry = {"fqn": fqn, "target": fqn, "gate_at": fqn, "kind": "block", "form": "skip", "roles": dict(site.roles)}
+        sizes = {"bounds": (0, 1), "heads": 1, "learner_macs": (macs,), "gate_macs": gate_macs, "min_choice": 0}
+        return [{**entry, **sizes, "tokens": 1, "macs": macs, "options": options}]
 
     def build(
         self, modules: dict[str, nn.Module], entries: list[Any], config: CosineGateConfig, macs_total: int
@@ -277,16 +270,12 @@ class CosineGateMethod(Method):
             gate = CosineGate(spec, reads_cir=oracle)
         else:
             gate = (GumbelGate if config.gate == "plain" else DamageGate)(spec)
-        inner = {
-            role: entry.roles[role].removeprefix(f"{entry.target}.")
-            for role in ("branch", "rest")
-            if role in entry.roles
-        }
-        return {
-            entry.target: SkippableBlock(
-                modules[entry.target], gate, entry.fqn, inner.get("branch"), inner.get("rest"), oracle, config.cir_loss
-            )
-        }
+        inner = {role: path.removeprefix(f"{entry.target}.") for role, path in entry.roles.items()}
+        block = SkippableBlock(
+            modules[entry.target], gate, entry.fqn, branch=inner.get("branch"), rest=inner.get("rest"), oracle=oracle,
+            cir_loss=config.cir_loss,
+        )  # fmt: skip
+        return {entry.target: block}
 
 
 def _gate_inputs(channels: int, config: CosineGateConfig) -> int:
