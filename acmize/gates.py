@@ -108,6 +108,7 @@ class Gate(nn.Module):
         self.register_buffer("price", torch.zeros(()))
         self.register_buffer("dial", torch.zeros(()))
         self.temperature = 0.1
+        self.progress = 1.0  # share of a training that is done; gates that anneal something read it
         self.choose: Choose | None = None  # overrides the energies: full width, static, random
         self.probe = False  # make `keep` a leaf whose gradient is wanted
 
@@ -174,17 +175,21 @@ class DamageGate(Gate):
 
         `dial` (..., 1) is the position of the dial for each token; the gate's own by default.
         """
+        eta = self.fc2(self.hidden(x, dial)).unflatten(-1, (self.groups, self.num_learners))
+        return eta.float().clamp(-25.0, 10.0)
+
+    def hidden(self, x: Tensor, dial: Tensor | None = None) -> Tensor:
+        """X (..., D) -> (..., hidden), with the dial as in `log_damage`."""
         bias = self.fc1.bias + self.level * (self.dial if dial is None else dial)
         if dial is None and ops.pick_backend(x) == "sorted" and not torch.compiler.is_compiling():
-            h = ops.gemm(x.flatten(0, -2), self.fc1.weight, bias, _GELU).unflatten(0, x.shape[:-1])
-        else:
-            h = F.gelu(F.linear(x, self.fc1.weight) + bias)
-        eta = self.fc2(h).unflatten(-1, (self.groups, self.num_learners))
-        return eta.float().clamp(-25.0, 10.0)
+            return ops.gemm(x.flatten(0, -2), self.fc1.weight, bias, _GELU).unflatten(0, x.shape[:-1])
+        return F.gelu(F.linear(x, self.fc1.weight) + bias)
 
     def energies(self, x: Tensor) -> Tensor:
         """Damage plus price times cost; more learners never count as more damage."""
-        log_damage = self.log_damage(x).flip(-1).cummax(-1)[0].flip(-1)
+        log_damage = self.log_damage(x)
+        if self.num_learners > 1:
+            log_damage = log_damage.flip(-1).cummax(-1)[0].flip(-1)
         return F.pad(log_damage.exp(), (0, 1)) + self.price * self.cost
 
     def soft_scores(self, energy: Tensor) -> Tensor:
@@ -244,6 +249,12 @@ def set_dial(model: nn.Module, dial: float) -> None:
         gate.dial.fill_(dial)
 
 
+def set_progress(model: nn.Module, share: float) -> None:
+    """Tell every gate how much of a training is done, 0 to 1."""
+    for gate in gates_of(model):
+        gate.progress = share
+
+
 def full_width(gate: Gate, x: Tensor) -> Tensor:
     """A `Choose`: every token runs every learner."""
     return torch.full((*x.shape[:-1], gate.groups), gate.num_learners, device=x.device)
@@ -270,9 +281,15 @@ class AdaptiveModule(nn.Module):
     """Base of what methods insert: a gate, a name for each of its groups, and a place for a recorder.
 
     Subclasses call `decide(x)` once a forward and implement `forward_reference(x, decision)`.
+
+    Attributes:
+        per_sample: one decision a sample, from a pooled input (B, D), in place of one a token.
+        skips: what is not chosen is not run; False where everything runs whatever is chosen, and nothing is saved.
     """
 
     gate: Gate
+    per_sample = False
+    skips = True
 
     def __init__(self, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -280,7 +297,7 @@ class AdaptiveModule(nn.Module):
         self.recorder: Recorder | None = None
 
     def decide(self, x: Tensor) -> Decision:
-        """Ask the gate about x (..., D), tokens on the leading axes, and tell the recorder."""
+        """Ask the gate about x (..., D), tokens (or samples alone) on the leading axes, and tell the recorder."""
         decision = self.gate(x)
         if self.recorder is not None:
             self.recorder.add(self, x, decision)
@@ -303,35 +320,45 @@ class Recorder:
     Attributes:
         samples: samples in the batch: leading axes are folded to it, so that windows belong to their image.
         keep_inputs: also keep the gates' inputs and decisions (for fitting and heat maps).
-        macs: entry -> list of (samples,) executed MACs of the site, a tensor a forward.
+        macs: entry -> list of (samples,) MACs of the site as chosen, a tensor a forward.
+        ran: the same as executed: all of it where a module skips nothing.
         expected: entry -> list of (samples,) MACs through `keep`, differentiable.
         most: entry -> list of MACs a sample if every learner ran.
         gates: entry -> MACs a sample of its share of the gate.
         choices: entry -> histogram (N + 1,) of choices.
         seen: module -> (input, decision), when `keep_inputs`.
+        losses: name -> terms, weighted already, that modules add to the loss of phase 3.
     """
 
     samples: int
     keep_inputs: bool = False
     macs: dict[str, list[Tensor]] = field(default_factory=dict)
+    ran: dict[str, list[Tensor]] = field(default_factory=dict)
     expected: dict[str, list[Tensor]] = field(default_factory=dict)
     most: dict[str, float] = field(default_factory=dict)
     gates: dict[str, float] = field(default_factory=dict)
     choices: dict[str, Tensor] = field(default_factory=dict)
     per_token: dict[str, Tensor] = field(default_factory=dict)
     seen: list[tuple[AdaptiveModule, Tensor, Decision]] = field(default_factory=list)
+    losses: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def add_loss(self, name: str, term: Tensor) -> None:
+        """Called by adaptive modules that learn something beside the task."""
+        self.losses.setdefault(name, []).append(term)
 
     def add(self, module: AdaptiveModule, x: Tensor, decision: Decision) -> None:
         """Called by the adaptive modules."""
         gate = module.gate
         if self.keep_inputs:
             self.seen.append((module, x, decision))
-        executed = module.macs(decision).detach()
+        macs = module.macs(decision).detach()
         for g, name in enumerate(module.names):
             one = decision.group(g)
-            self.macs.setdefault(name, []).append(executed[..., g].reshape(self.samples, -1).sum(1))
             self.gates[name] = gate.gate_macs[g] * one.choice.numel() / self.samples
             self.most[name] = float(gate.learner_macs[g].sum()) * one.choice.numel() / self.samples
+            chosen = macs[..., g].reshape(self.samples, -1).sum(1)
+            self.macs.setdefault(name, []).append(chosen)
+            self.ran.setdefault(name, []).append(chosen if module.skips else torch.full_like(chosen, self.most[name]))
             histogram = torch.bincount(one.choice.reshape(-1), minlength=gate.num_learners + 1)
             self.choices[name] = self.choices.get(name, 0) + histogram
             self.per_token[name] = one.choice.reshape(self.samples, -1)
@@ -341,6 +368,10 @@ class Recorder:
 
     def executed(self) -> Tensor:
         """(samples,) executed MACs of all adaptive sites in the last forward, their gates included."""
+        return torch.stack([parts[-1] for parts in self.ran.values()]).sum(0) + sum(self.gates.values())
+
+    def chosen(self) -> Tensor:
+        """(samples,) the same as chosen: what would be executed if every module skipped."""
         return torch.stack([parts[-1] for parts in self.macs.values()]).sum(0) + sum(self.gates.values())
 
     def differentiable(self) -> Tensor:
