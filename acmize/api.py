@@ -43,6 +43,7 @@ from acmize.phases.interpolate import interpolate_
 from acmize.phases.pretrain_gates import collect_errors, fit_classification_gates, fit_damage_gates
 from acmize.plan import Plan, Refusal
 from acmize.recipe import Recipe, resolve
+from acmize.site_times import site_times
 
 log = logging.getLogger("acmize")
 
@@ -113,6 +114,7 @@ class _Conversion:
         self.dense, self.plan, self.recipe, self.images = dense.eval(), plan, recipe, images
         self.model = convert_(copy.deepcopy(dense), plan).eval()
         self.work = None if work is None else Path(work)
+        self.left_dense: dict[str, str] = {}  # entry -> why, beyond the plan that was made first
         self.findings: list[Finding] = []
         self.seconds: dict[str, float] = {}
         self.measured: dict[str, Any] = {}  # by stages, beside the weights
@@ -155,6 +157,8 @@ class _Conversion:
     def run(self, base: dict[str, Any] | None) -> Any:
         """All stages; see the module's docstring."""
         phases = self.recipe.phases
+        if self.recipe.fit_batch is not None:
+            self._fit_device(self.recipe.fit_batch)
         self._stage("init", self._init)
         if "distill" in phases:
             self._stage("distill", self._distill)
@@ -172,6 +176,30 @@ class _Conversion:
         )
         made.set_budget(self.recipe.budget)
         return made.eval()
+
+    def _fit_device(self, size: int) -> None:
+        """Leave sites dense whose learners do not pay on this device; a resumed conversion keeps the plan it had."""
+        kept = None if self.work is None else self.work / "device.json"
+        if kept is not None and kept.exists():
+            names = read_json(kept)["names"]
+        else:
+            inputs = next(self.images.batches(self.images.fit, size, size=size))
+            times = site_times(self.dense, self.plan, inputs, self.recipe.seed)
+            for t in times:
+                told = f"{t.dense_ms:.2f} ms dense, {t.adaptive_ms:.2f} ms at half of the learners"
+                log.info(
+                    "%d entries like %s: %s; %s", len(t.names), t.names[0], told, "kept" if t.pays else "left dense"
+                )
+            names = [name for t in times if not t.pays for name in t.names]
+            if len(names) == len(self.plan.entries):
+                raise AcmizeError(
+                    f"fit_batch: no site pays on this device in batches of {size}; try a larger batch, or leave it out"
+                )
+            if kept is not None:
+                write_json(kept, {"names": names})
+        if names:
+            self._replan(names, f"does not pay on this device in batches of {size}")
+            self.plan.check_budget(self.recipe.budget)
 
     def _stage(self, name: str, run: Callable[[], None]) -> None:
         """Run a stage, or load what it left behind."""
@@ -242,14 +270,15 @@ class _Conversion:
             write_json(self.work / "dense.json", {"names": names, "reason": reason})
 
     def _replan(self, names: list[str], reason: str) -> None:
-        """Leave entries dense: a new plan, and a new conversion of the dense model."""
-        recipe = self.recipe
+        """Leave more entries dense: a new plan, and a new conversion of the dense model."""
+        self.left_dense |= dict.fromkeys(names, reason)
+        recipe, left = self.recipe, self.left_dense
         plan = make_plan(
-            self.dense, recipe.config, target_modules=recipe.target_modules, exclude=(*recipe.exclude, *names),
+            self.dense, recipe.config, target_modules=recipe.target_modules, exclude=(*recipe.exclude, *left),
             merge=recipe.merge,
         )  # fmt: skip
-        kept = [r for r in plan.refused if r.fqn not in names]
-        self.plan = replace(plan, refused=(*kept, *(Refusal(fqn=name, reason=reason) for name in names)))
+        kept = [r for r in plan.refused if r.fqn not in left]
+        self.plan = replace(plan, refused=(*kept, *(Refusal(fqn=name, reason=why) for name, why in left.items())))
         self.model = convert_(copy.deepcopy(self.dense), self.plan).eval()
 
     def _gates(self) -> None:

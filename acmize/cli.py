@@ -163,6 +163,7 @@ def convert(
     merge: Annotated[str | None, typer.Option(help="merge tokens: auto, none, or pairs before each block")] = None,
     epochs: Annotated[int | None, typer.Option(help="epochs of finetune")] = None,
     limit: Annotated[int | None, typer.Option(help="samples a split at most")] = None,
+    fit_batch: Annotated[int | None, typer.Option(help="leave dense what does not pay here in such batches")] = None,
     batch_size: Annotated[int | None, typer.Option(help="of every phase")] = None,
     seed: Annotated[int | None, typer.Option(help="of everything drawn")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from an unfinished conversion")] = False,
@@ -179,6 +180,7 @@ def convert(
         **_method(method, settings, num_learners, learner_dim),
         **_given(budget=share, limit=limit, batch_size=batch_size, seed=seed, merge=_merge(merge), data=data),
         **_given(target_modules=_tuple(target_modules), exclude=_tuple(exclude), phases=_phases(phases)),
+        **_given(fit_batch=fit_batch),
     }
     if gate_labels is not None:
         flags["gates"] = {"labels": gate_labels}

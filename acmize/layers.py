@@ -23,7 +23,8 @@ class Dense(nn.Linear):
         """X (..., D) -> (..., O)."""
         if torch.compiler.is_compiling() or ops.pick_backend(x) != "sorted":
             return super().forward(x)
-        return ops.gemm(x.reshape(-1, x.shape[-1]), self.weight, self.bias).unflatten(0, x.shape[:-1])
+        y = ops.gemm(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def fast_products_(model: nn.Module) -> None:

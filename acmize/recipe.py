@@ -121,6 +121,8 @@ class Recipe:
         target_modules: globs or declarations, see `hosts.parse_targets`.
         exclude: globs of what stays dense.
         merge: tokens merged before each block: "auto" (as suits the budget, where it is sound), "none", or a number.
+        fit_batch: leave sites dense whose learners do not pay on this device in batches of this size (measured); None:
+            convert whatever can be.
         data: where the data came from.
         limit: samples a split at most.
         holdout: share of the training images kept for calibration.
@@ -143,6 +145,7 @@ class Recipe:
     target_modules: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     merge: str | int = "auto"
+    fit_batch: int | None = None
     data: str | None = None
     limit: int | None = None
     holdout: float = 0.15
@@ -173,7 +176,7 @@ class Recipe:
         _in_range(
             self, budget=0 < self.budget <= 1, budgets=all(0 < b <= 1 for b in self.budgets),
             limit=self.limit is None or self.limit >= 1, batch_size=self.batch_size >= 1, moments=self.moments >= 1,
-            seed=self.seed >= 0,
+            seed=self.seed >= 0, fit_batch=self.fit_batch is None or self.fit_batch >= 1,
         )  # fmt: skip
         for phase in (self.distill, self.train):  # what the loop would refuse an hour from now
             rest = {k: getattr(phase, k) for k in ("warmup", "ema_decay", "accumulate") if hasattr(phase, k)}

@@ -4,8 +4,9 @@ Command:   python recipes/aux_losses.py --output runs/aux_losses
            python recipes/aux_losses.py --smoke            the digits model, under a minute
 Shows:     short finetunes of one shared label-free conversion at one budget: with all three losses as published,
            without each of them, without any, and with each three times as strong. Columns: MACs realised as trained
-           (the price as it came in: what L_b is for) and after calibration, top-1, KL; normalised entropy of a site's choices within
-           a sample; spread of the samples' MACs; sites where every token makes the same choice (collapse).
+           (the price as it came in: what L_b is for) and after calibration, top-1, KL; normalised entropy of a site's
+           choices within a sample; spread of the samples' MACs; sites where every token makes the same choice
+           (collapse).
 Data:      imagenet_mini of ACMIZE_ASSETS: 900 photographs to fit on (135 of them held out for calibration), 600 to
            test on.
 Seed:      0.

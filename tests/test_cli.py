@@ -103,6 +103,12 @@ def test_version(run: Any) -> None:
     assert run("--version")[:2] == (0, f"acmize {acmize.__version__}\n")
 
 
+def test_the_module_is_the_command() -> None:
+    """`python -m acmize`, which is how launchers start it."""
+    done = subprocess.run([sys.executable, "-m", "acmize", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"acmize {acmize.__version__}\n")
+
+
 # --- convert and eval -----------------------------------------------------------------------------------------
 
 

@@ -28,7 +28,7 @@ ORDER = (
     ("hosts",),
     ("insert",),
     ("init", "compensate"),
-    ("damage", "losses", "diagnose", "controls"),
+    ("damage", "losses", "diagnose", "controls", "site_times"),
     ("checkpoint", "batches", "splits", "data"),
     ("quickstart_model", "cifar_models", "models"),
     ("phases",),
