@@ -2,10 +2,8 @@
 
 from acmize.__about__ import __version__
 from acmize.errors import AcmizeError
-from acmize.methods import acm as _acm
+from acmize.methods.acm import AcmConfig
 from acmize.plan import Plan, PlanEntry, Site
-
-AcmConfig = _acm.AcmConfig
 
 _LAZY = {
     "Recipe": "acmize.recipe",

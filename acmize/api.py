@@ -70,7 +70,8 @@ def convert(
         data: anything `datasets.load_dataset` opens: a folder of images, a Hub data set, a `DatasetDict`. Labels are
             optional.
         budget: share of the dense MACs the model is left at; `model.set_budget` changes it later.
-        recipe: every option; or give some of them as keywords (`phases=()`, `seed=1`, `acm={"num_learners": 4}`).
+        recipe: every option; or give some of them as keywords (`phases=()`, `seed=1`, `acm={"num_learners": 4}`,
+            `method="cosine-gate"`).
         base: how to build the dense model again, from `base_of(model, kwargs)`.
         plan: from `make_plan`, for sites of a module of one's own.
         work: folder for checkpoints; kept on failure, removed on success.
@@ -92,7 +93,7 @@ def convert(
         recipe = Recipe(**{**{f: getattr(recipe, f) for f in recipe.__dataclass_fields__}, "budget": budget})
     if plan is None:
         plan = make_plan(
-            model, recipe.acm, target_modules=recipe.target_modules, exclude=recipe.exclude, merge=recipe.merge
+            model, recipe.config, target_modules=recipe.target_modules, exclude=recipe.exclude, merge=recipe.merge
         )
     plan.check_budget(recipe.budget)
     made = _Conversion(model, plan, recipe, Images(data, model, recipe), work, resume).run(base)
@@ -203,17 +204,20 @@ class _Conversion:
         return {"checkpoint": self.work, "resume": self.work is not None}
 
     def _init(self) -> None:
-        if self.recipe.acm.init == "random":
+        if not self.plan.exact:
             return
         batches = self.images.batches(self.images.fit, self.recipe.moments)
         init_(self.model, self.dense, self.plan, collect_moments(self.dense, self.plan, batches))
 
     def _source(self) -> nn.Module:
         """What local inputs and targets come from: the dense model, or its equal in the rotated basis."""
-        return self.dense if self.recipe.acm.init == "random" else copy.deepcopy(self.model)
+        return copy.deepcopy(self.model) if self.plan.exact else self.dense
 
     def _distill(self) -> None:
         options = self.recipe.distill
+        if not distillable(self.model):
+            log.info("distill: nothing to learn locally: every module of this method keeps the dense weights")
+            return
         batches, steps = self.images.epochs(self.images.augmented, self.recipe.seed)
         history = distill(
             self.model, self._source(), batches, steps_per_epoch=steps, tokens=options.tokens,
@@ -241,7 +245,7 @@ class _Conversion:
         """Leave entries dense: a new plan, and a new conversion of the dense model."""
         recipe = self.recipe
         plan = make_plan(
-            self.dense, recipe.acm, target_modules=recipe.target_modules, exclude=(*recipe.exclude, *names),
+            self.dense, recipe.config, target_modules=recipe.target_modules, exclude=(*recipe.exclude, *names),
             merge=recipe.merge,
         )  # fmt: skip
         kept = [r for r in plan.refused if r.fqn not in names]
@@ -251,6 +255,8 @@ class _Conversion:
     def _gates(self) -> None:
         options, seed = self.recipe.gates, self.recipe.seed
         generator = torch.Generator().manual_seed(seed)
+        if options.labels == "none":
+            return
         if options.labels == "threshold":
             batches = self.images.batches(self.images.fit, options.images)
             data = collect_errors(self.model, self._source(), batches, generator=generator)
@@ -297,11 +303,12 @@ class _Conversion:
             epochs=train.epochs, lr=train.lr, weight_decay=train.weight_decay, warmup=train.warmup,
             ema_decay=train.ema_decay, accumulate=train.accumulate,
         )  # fmt: skip
+        gates = {"lr": train.gate_lr, "weight_decay": train.gate_decay}
         assert self.calibration is not None
         before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         finetune(
             self.model, self.dense, self.plan, self.calibration, batches, steps_per_epoch=steps, losses=losses,
-            config=loop, mix=mix, **self._checkpoint(),
+            config=loop, mix=mix, gates={k: v for k, v in gates.items() if v is not None}, **self._checkpoint(),
         )  # fmt: skip
         if train.interpolate:
             scores = interpolate_(self.model, before, self._held_out_error())

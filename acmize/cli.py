@@ -28,6 +28,8 @@ Targets = Annotated[list[str] | None, typer.Option("--target-modules", help="glo
 Exclude = Annotated[list[str] | None, typer.Option(help="globs of sites that stay dense")]
 Learners = Annotated[int | None, typer.Option(help="learners a site")]
 Width = Annotated[int | None, typer.Option("--learner-dim", help="hidden units of an MLP's learner")]
+MethodName = Annotated[str | None, typer.Option("--method", help="acm, or for CNNs: cosine-gate")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="an option of the method's config: NAME=VALUE")]
 Preset = Annotated[str, typer.Option(help="default, or paper (arXiv 2312.10193)")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
 DenseWeights = Annotated[Path | None, typer.Option("--weights", help="safetensors file of the dense model")]
@@ -75,6 +77,8 @@ def plan(
     budget: Annotated[float | None, typer.Option(help="check that this budget can be reached")] = None,
     target_modules: Targets = None,
     exclude: Exclude = None,
+    method: MethodName = None,
+    settings: Settings = None,
     num_learners: Learners = None,
     learner_dim: Width = None,
     preset: Preset = "default",
@@ -86,10 +90,10 @@ def plan(
     from acmize.models import architecture, load_model
 
     flags = _given(target_modules=_tuple(target_modules), exclude=_tuple(exclude))
-    recipe = _recipe(preset, config, {**_acm(num_learners, learner_dim), **flags})
+    recipe = _recipe(preset, config, {**_method(method, settings, num_learners, learner_dim), **flags})
     dense = load_model(model, weights) if weights is not None else architecture(model)
     made = make_plan(
-        dense, recipe.acm, target_modules=recipe.target_modules, exclude=recipe.exclude, merge=recipe.merge
+        dense, recipe.config, target_modules=recipe.target_modules, exclude=recipe.exclude, merge=recipe.merge
     )
     if budget is not None:
         made.check_budget(budget)
@@ -149,6 +153,8 @@ def convert(
     config: Config = None,
     target_modules: Targets = None,
     exclude: Exclude = None,
+    method: MethodName = None,
+    settings: Settings = None,
     num_learners: Learners = None,
     learner_dim: Width = None,
     gate_labels: Annotated[str | None, typer.Option(help="damage, or threshold (published)")] = None,
@@ -168,7 +174,7 @@ def convert(
 
     share, target_ms = (None, None) if budget is None else parse_budget(budget)
     flags: dict[str, Any] = {
-        **_acm(num_learners, learner_dim),
+        **_method(method, settings, num_learners, learner_dim),
         **_given(budget=share, limit=limit, batch_size=batch_size, seed=seed, merge=_merge(merge), data=data),
         **_given(target_modules=_tuple(target_modules), exclude=_tuple(exclude), phases=_phases(phases)),
     }
@@ -429,9 +435,19 @@ def _recipe(preset: str, config: Path | None, flags: dict[str, Any]) -> Any:
     return resolve(*layers, flags, preset_name=preset)
 
 
-def _acm(num_learners: int | None, learner_dim: int | None) -> dict[str, Any]:
-    given = _given(num_learners=num_learners, learner_dim=learner_dim)
-    return {"acm": given} if given else {}
+def _method(
+    name: str | None, settings: list[str] | None, num_learners: int | None, learner_dim: int | None
+) -> dict[str, Any]:
+    """The method and what is said of its config."""
+    import yaml
+
+    config: dict[str, Any] = _given(num_learners=num_learners, learner_dim=learner_dim)
+    for setting in settings or ():
+        key, equals, value = setting.partition("=")
+        if not (key and equals):
+            raise AcmizeError(f"--set {setting}: expected NAME=VALUE, such as --set mode=oracle")
+        config[key.replace("-", "_")] = yaml.safe_load(value)
+    return _given(method=name, config=config or None)
 
 
 def _given(**options: Any) -> dict[str, Any]:

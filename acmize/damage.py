@@ -64,7 +64,7 @@ def collect_damage(
         choose: `full_width` for a first round; None to collect with the gates on, where earlier layers err.
         generator: for the drawn classes and the tokens kept.
         draws: classes drawn a sample, a backward pass each.
-        keep_tokens: share of tokens kept, to bound memory.
+        keep_tokens: share of tokens kept, to bound memory; at least one a sample.
 
     Returns:
         gate -> its inputs and damages, on the CPU in float32.
@@ -108,7 +108,8 @@ def _one_batch(
                 left_out = grad.flip(-1).cumsum(-1).flip(-1)
                 damages[i] = damages[i] + left_out.square() / drawn.shape[1]
     for (module, x, _), damage in zip(seen.seen, damages, strict=True):
-        _keep_rows(module, x, damage, generator, keep_tokens, rows)  # pyright: ignore[reportArgumentType]
+        share = max(keep_tokens, len(batch) / x[..., 0].numel())
+        _keep_rows(module, x, damage, generator, share, rows)  # pyright: ignore[reportArgumentType]
 
 
 def _keep_rows(
@@ -120,7 +121,7 @@ def _keep_rows(
     rows: dict[Gate, _Rows],
 ) -> None:
     x, damage = x.detach().flatten(0, -2), damage.flatten(0, -3)
-    count = max(1, round(share * len(x)))
+    count = max(1, round(min(share, 1.0) * len(x)))
     pick = torch.randperm(len(x), generator=generator)[:count].to(x.device)
     into = rows.setdefault(module.gate, _Rows())
     into.x.append(x[pick].float().cpu())

@@ -95,6 +95,7 @@ class Gate(nn.Module):
         self.register_buffer("price", torch.zeros(()))
         self.register_buffer("dial", torch.zeros(()))
         self.temperature = 0.1
+        self.progress = 1.0  # share of a training that is done; gates that anneal something read it
         self.choose: Choose | None = None  # overrides the energies: full width, static, random
         self.probe = False  # make `keep` a leaf whose gradient is wanted
 
@@ -225,6 +226,12 @@ def set_dial(model: nn.Module, dial: float) -> None:
         gate.dial.fill_(dial)
 
 
+def set_progress(model: nn.Module, share: float) -> None:
+    """Tell every gate how much of a training is done, 0 to 1."""
+    for gate in gates_of(model):
+        gate.progress = share
+
+
 def full_width(gate: Gate, x: Tensor) -> Tensor:
     """A `Choose`: every token runs every learner."""
     return torch.full((*x.shape[:-1], gate.groups), gate.num_learners, device=x.device)
@@ -251,9 +258,15 @@ class AdaptiveModule(nn.Module):
     """Base of what methods insert: a gate, a name for each of its groups, and a place for a recorder.
 
     Subclasses call `decide(x)` once a forward and implement `forward_reference(x, decision)`.
+
+    Attributes:
+        per_sample: one decision a sample, from a pooled input (B, D), in place of one a token.
+        skips: what is not chosen is not run; False where everything runs whatever is chosen, and nothing is saved.
     """
 
     gate: Gate
+    per_sample = False
+    skips = True
 
     def __init__(self, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -261,7 +274,7 @@ class AdaptiveModule(nn.Module):
         self.recorder: Recorder | None = None
 
     def decide(self, x: Tensor) -> Decision:
-        """Ask the gate about x (..., D), tokens on the leading axes, and tell the recorder."""
+        """Ask the gate about x (..., D), tokens (or samples alone) on the leading axes, and tell the recorder."""
         decision = self.gate(x)
         if self.recorder is not None:
             self.recorder.add(self, x, decision)
@@ -284,35 +297,45 @@ class Recorder:
     Attributes:
         samples: samples in the batch: leading axes are folded to it, so that windows belong to their image.
         keep_inputs: also keep the gates' inputs and decisions (for fitting and heat maps).
-        macs: entry -> list of (samples,) executed MACs of the site, a tensor a forward.
+        macs: entry -> list of (samples,) MACs of the site as chosen, a tensor a forward.
+        ran: the same as executed: all of it where a module skips nothing.
         expected: entry -> list of (samples,) MACs through `keep`, differentiable.
         most: entry -> list of MACs a sample if every learner ran.
         gates: entry -> MACs a sample of its share of the gate.
         choices: entry -> histogram (N + 1,) of choices.
         seen: module -> (input, decision), when `keep_inputs`.
+        losses: name -> terms, weighted already, that modules add to the loss of phase 3.
     """
 
     samples: int
     keep_inputs: bool = False
     macs: dict[str, list[Tensor]] = field(default_factory=dict)
+    ran: dict[str, list[Tensor]] = field(default_factory=dict)
     expected: dict[str, list[Tensor]] = field(default_factory=dict)
     most: dict[str, float] = field(default_factory=dict)
     gates: dict[str, float] = field(default_factory=dict)
     choices: dict[str, Tensor] = field(default_factory=dict)
     per_token: dict[str, Tensor] = field(default_factory=dict)
     seen: list[tuple[AdaptiveModule, Tensor, Decision]] = field(default_factory=list)
+    losses: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def add_loss(self, name: str, term: Tensor) -> None:
+        """Called by adaptive modules that learn something beside the task."""
+        self.losses.setdefault(name, []).append(term)
 
     def add(self, module: AdaptiveModule, x: Tensor, decision: Decision) -> None:
         """Called by the adaptive modules."""
         gate = module.gate
         if self.keep_inputs:
             self.seen.append((module, x, decision))
-        executed = module.macs(decision).detach()
+        macs = module.macs(decision).detach()
         for g, name in enumerate(module.names):
             one = decision.group(g)
-            self.macs.setdefault(name, []).append(executed[..., g].reshape(self.samples, -1).sum(1))
             self.gates[name] = gate.gate_macs[g] * one.choice.numel() / self.samples
             self.most[name] = float(gate.learner_macs[g].sum()) * one.choice.numel() / self.samples
+            chosen = macs[..., g].reshape(self.samples, -1).sum(1)
+            self.macs.setdefault(name, []).append(chosen)
+            self.ran.setdefault(name, []).append(chosen if module.skips else torch.full_like(chosen, self.most[name]))
             histogram = torch.bincount(one.choice.reshape(-1), minlength=gate.num_learners + 1)
             self.choices[name] = self.choices.get(name, 0) + histogram
             self.per_token[name] = one.choice.reshape(self.samples, -1)
@@ -322,6 +345,10 @@ class Recorder:
 
     def executed(self) -> Tensor:
         """(samples,) executed MACs of all adaptive sites in the last forward, their gates included."""
+        return torch.stack([parts[-1] for parts in self.ran.values()]).sum(0) + sum(self.gates.values())
+
+    def chosen(self) -> Tensor:
+        """(samples,) the same as chosen: what would be executed if every module skipped."""
         return torch.stack([parts[-1] for parts in self.macs.values()]).sum(0) + sum(self.gates.values())
 
     def differentiable(self) -> Tensor:

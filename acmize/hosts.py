@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from acmize.cost import count_macs, tokens_at
+from acmize.cost import Work, count_macs, measure_work, tokens_at
 from acmize.errors import AcmizeError
 from acmize.methods.token_merging import why_not
 from acmize.plan import Merging, Plan, PlanEntry, Refusal, Site
@@ -23,11 +23,15 @@ from acmize.registry import Refused, method_for
 
 Found = list[Site | Refusal]
 Handler = Callable[[str, Any], Found]
-_HANDLERS: dict[type, Handler] = {}
+LINEAR = ("mlp", "attention", "linear")
+_HANDLERS: dict[type, dict[str, Handler]] = {}  # class -> kind of site -> what finds it
 
 
-def _handles(*paths: str) -> Callable[[Handler], Handler]:
-    """Register a handler for exact classes by their import path; paths that this version lacks are passed over."""
+def _handles(*paths: str, kinds: tuple[str, ...] = LINEAR) -> Callable[[Handler], Handler]:
+    """Register a handler for exact classes by their import path; paths that this version lacks are passed over.
+
+    `kinds` are those of the sites it finds: only methods that convert one of them are shown the class.
+    """
 
     def decorate(handler: Handler) -> Handler:
         for path in paths:
@@ -37,7 +41,7 @@ def _handles(*paths: str) -> Callable[[Handler], Handler]:
             except ImportError:
                 cls = None
             if cls is not None:
-                _HANDLERS[cls] = handler
+                _HANDLERS.setdefault(cls, {}).update(dict.fromkeys(kinds, handler))
         return handler
 
     return decorate
@@ -139,31 +143,74 @@ def _torch_attention(fqn: str, _module: Any) -> Found:
     return [Refusal(fqn=fqn, reason="MultiheadAttention reads its weights past the forward of its layers")]
 
 
+# --- residual blocks of CNNs ----------------------------------------------------------------------------------
+
+
+@_handles("timm.models.resnet.BasicBlock", kinds=("block",))
+def _basic_block(fqn: str, module: Any) -> Found:
+    return _block(fqn, module, ("drop_path", "se", "bn2"), "act2", module.downsample)
+
+
+@_handles("timm.models.resnet.Bottleneck", kinds=("block",))
+def _bottleneck(fqn: str, module: Any) -> Found:
+    return _block(fqn, module, ("drop_path", "se", "bn3"), "act3", module.downsample)
+
+
+@_handles("timm.models.regnet.Bottleneck", kinds=("block",))
+def _regnet_block(fqn: str, module: Any) -> Found:
+    return _block(fqn, module, ("drop_path",), "act3", module.downsample)
+
+
+@_handles("timm.models.regnet.PreBottleneck", kinds=("block",))
+def _regnet_preactivation_block(fqn: str, module: Any) -> Found:
+    return _block(fqn, module, ("drop_path",), "norm1", module.downsample)  # its shortcut begins behind norm1
+
+
+@_handles("timm.models.convnext.ConvNeXtBlock", kinds=("block",))
+def _convnext_block(fqn: str, module: Any) -> Found:
+    return _block(fqn, module, ("drop_path",), None, module.shortcut)
+
+
+def _block(fqn: str, module: Any, ends: tuple[str, ...], rest: str | None, shortcut: Any) -> Found:
+    """A residual block: F(x) is the output of the last of `ends` that it has; a skipped input passes through `rest`."""
+    if not _plain(shortcut):
+        return [Refusal(fqn=fqn, reason="its shortcut changes the shape, so it cannot be skipped")]
+    branch = next(name for name in ends if getattr(module, name, None) is not None)
+    return [Site.block(fqn, branch=f"{fqn}.{branch}", rest=None if rest is None else f"{fqn}.{rest}")]
+
+
 # --- discovery ------------------------------------------------------------------------------------------------
 
 
-def find_sites(model: nn.Module) -> Found:
-    """Every site of known classes, and a refusal for every other linear layer.
+# Layers that a method for these kinds accounts for one by one: in a site, or refused by name.
+_COUNTED: dict[str, type[nn.Module]] = {"linear": nn.Linear}
+
+
+def find_sites(model: nn.Module, kinds: Sequence[str] = LINEAR) -> Found:
+    """Every site of these kinds in known classes, and a refusal for every other layer that such a site is made of.
 
     Shapes are not looked at; nothing is changed.
     """
     found: Found = []
     inside: set[str] = set()
     for fqn, module in model.named_modules():
-        handler = _HANDLERS.get(type(module))
+        known = _HANDLERS.get(type(module), {})
+        handler = next((known[kind] for kind in kinds if kind in known), None)
         if handler is not None and not any(fqn.startswith(p + ".") for p in inside):
             found += handler(fqn, module)
             inside.add(fqn)
-    return found + _rest(model, inside)
+    return found + _rest(model, inside, kinds)
 
 
-def _rest(model: nn.Module, inside: set[str]) -> list[Refusal]:
-    """A refusal for every linear layer that is not one of these modules, nor within one."""
+def _rest(model: nn.Module, inside: set[str], kinds: Sequence[str]) -> list[Refusal]:
+    """A refusal for every counted layer that is not one of these modules, nor within one."""
     refused = []
+    counted = tuple(cls for kind, cls in _COUNTED.items() if kind in kinds)
     for fqn, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not any(_within(fqn, path) for path in inside):
+        if isinstance(module, counted) and not any(_within(fqn, path) for path in inside):
             parent = type(model.get_submodule(fqn.rpartition(".")[0])).__name__
-            reason = f"a linear layer of {parent}, which is not known; name it with --target-modules to convert it"
+            what = "a linear layer" if isinstance(module, nn.Linear) else "a convolution"
+            reason = f"{what} of {parent}, which is not known; name it with --target-modules to convert it"
             refused.append(Refusal(fqn=fqn, reason=reason))
     return refused
 
@@ -172,14 +219,16 @@ def _within(fqn: str, path: str) -> bool:
     return fqn == path or fqn.startswith(f"{path}.")
 
 
-_CALL = re.compile(r"^(?P<path>[^:]+):(?P<kind>mlp|attention|linear)(?:\((?P<args>[^)]*)\))?$")
+_CALL = re.compile(r"^(?P<path>[^:]+):(?P<kind>mlp|attention|linear|block)(?:\((?P<args>[^)]*)\))?$")
 
 
 def parse_targets(model: nn.Module, targets: Sequence[str]) -> tuple[list[str], list[Site]]:
     """Split `--target-modules` into globs over known sites and declared sites of a user's module.
 
-    A declared site is `PATH:mlp(fc1,fc2)`, `PATH:attention(q,k,v,out,heads=H)` or `PATH:linear`, where PATH is a glob
-    over module paths and the names are the children's. Anything else is a glob that selects among known sites.
+    A declared site is `PATH:mlp(fc1,fc2)`, `PATH:attention(q,k,v,out,heads=H)`, `PATH:linear` or `PATH:block`, where
+    PATH is a glob over module paths and the names are the children's. `PATH:block(branch=NAME,rest=NAME)` names the
+    child that gives F(x) and the one that a skipped input passes through (see `Site.block`). Anything else is a glob
+    that selects among known sites.
 
     Raises:
         AcmizeError: a declaration that matches nothing or misses an argument.
@@ -210,6 +259,11 @@ def _declared(
         return None  # a glob such as blocks.* also matches blocks.0.norm
     if kind == "linear":
         return Site.linear(path)
+    if kind == "block":
+        inner = {role: f"{path}.{name}" for role, name in options.items()}
+        if words or not set(inner) <= {"branch", "rest"}:
+            raise AcmizeError(f"--target-modules {target}: expected PATH:block or PATH:block(branch=NAME,rest=NAME)")
+        return Site.block(path, **inner) if set(inner.values()) <= names else None
     need = {"mlp": 2, "attention": 4}[kind]
     if len(children) != need or (kind == "attention" and not options.get("heads", "").isdigit()):
         form = {"mlp": "PATH:mlp(fc1,fc2)", "attention": "PATH:attention(q,k,v,out,heads=H)"}[kind]
@@ -272,8 +326,10 @@ def make_plan(
     declared += list(sites)
     modules = dict(model.named_modules())
     _check_declared(model, modules, declared)
-    found = _found(model, declared, bool(globs))
+    method = method_for(config)
+    found = _found(model, declared, bool(globs), method.kinds)
     inputs = example if example is not None else (example_input(model),)
+    work = measure_work(model, *inputs)
     drafts: list[tuple[dict[str, Any], Site]] = []
     refused: list[Refusal] = []
     used: set[str] = set()
@@ -302,7 +358,9 @@ def make_plan(
             continue
         try:
             keep = lambda fqn, target, site=item: wanted(fqn, target, site)  # noqa: E731
-            drafts += [(d, item) for d in method_for(config).plan(item, modules, config, keep)]
+            if item.kind not in method.kinds:
+                raise Refused(f"method {method.name} converts no site of kind {item.kind}")
+            drafts += [(d, item) for d in method.plan(item, modules, config, keep, work)]
         except Refused as error:
             refused.append(Refusal(fqn=item.fqn, reason=str(error)))
     unused = [g for g in (*globs, *exclude) if g not in used]
@@ -312,7 +370,7 @@ def make_plan(
         told = [r for r in refused if "--num-learners" in r.reason] or refused
         why = f" ({told[0].fqn}: {told[0].reason})" if told else ""
         raise AcmizeError(f"nothing to convert in this {type(model).__name__}{why}")
-    entries = _complete(model, modules, drafts, inputs)
+    entries = _complete(model, modules, drafts, inputs, work)
     merging = None
     if merge not in ("none", 0):
         reason = why_not(model)
@@ -332,15 +390,15 @@ def make_plan(
     )
 
 
-def _found(model: nn.Module, declared: list[Site], known_too: bool) -> Found:
+def _found(model: nn.Module, declared: list[Site], known_too: bool, kinds: Sequence[str]) -> Found:
     """Declared sites, and known ones beside them where globs ask for some; else the rest is refused."""
     if not declared:
-        return find_sites(model)
+        return find_sites(model, kinds)
     taken = {path for site in declared for path in site.roles.values()}
     if not known_too:
-        return [*declared, *_rest(model, taken)]
+        return [*declared, *_rest(model, taken, kinds)]
     rest: Found = []
-    for item in find_sites(model):
+    for item in find_sites(model, kinds):
         paths = {*item.roles.values()} if isinstance(item, Site) else {item.fqn}
         hit = sorted(path for path in paths if any(_within(path, t) or _within(t, path) for t in taken))
         if not hit:
@@ -373,6 +431,8 @@ def _check_declared(model: nn.Module, modules: dict[str, Any], declared: list[Si
 def _unfit(site: Site, modules: dict[str, Any]) -> str | None:
     """Why the layers of a site do not fit together, or None."""
     sizes: dict[str, tuple[int, int]] = {}
+    if site.kind not in LINEAR:
+        return None  # its method looks at it
     for role, fqn in site.roles.items():
         layer = modules[fqn]
         if role == "act":
@@ -422,16 +482,25 @@ def _merging(model: Any, entries: tuple[PlanEntry, ...], merge: str | int, input
 
 
 def _complete(
-    model: nn.Module, modules: dict[str, nn.Module], drafts: list[tuple[dict[str, Any], Site]], inputs: tuple[Any, ...]
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    drafts: list[tuple[dict[str, Any], Site]],
+    inputs: tuple[Any, ...],
+    work: Work,
 ) -> tuple[PlanEntry, ...]:
-    """Add tokens and dense MACs to drafted entries."""
-    linears = {d["fqn"]: d["roles"]["fc1"] if d["kind"] == "mlp" else d["target"] for d, _ in drafts}
+    """Add tokens and dense MACs to drafted entries that lack them."""
+    for draft, _ in drafts:
+        if draft["target"] not in work.inputs:
+            raise AcmizeError(f"{draft['fqn']}: did not run on the example input; exclude it with --exclude")
+    counted = [d for d, _ in drafts if "tokens" not in d]
+    linears = {d["fqn"]: d["roles"]["fc1"] if d["kind"] == "mlp" else d["target"] for d in counted}
     tokens = tokens_at(model, sorted(set(linears.values())), *inputs)
     entries = []
     for draft, site in drafts:
-        rows = tokens.get(linears[draft["fqn"]], 0)
-        if rows == 0:
-            raise AcmizeError(f"{draft['fqn']}: did not run on the example input; exclude it with --exclude")
+        if "tokens" in draft:
+            entries.append(PlanEntry(**draft))
+            continue
+        rows = tokens[linears[draft["fqn"]]]
         entries.append(PlanEntry(**draft, tokens=rows, macs=rows * _dense_macs(modules, draft, site)))
     return tuple(entries)
 

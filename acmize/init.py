@@ -25,6 +25,7 @@ from acmize.adaptive import AcmMlp, AcmOut, AcmProjections
 from acmize.cost import evaluating
 from acmize.layers import Contract, LowRank
 from acmize.plan import Plan, PlanEntry
+from acmize.registry import method_for
 
 Moments = dict[str, Tensor]
 
@@ -42,16 +43,21 @@ def collect_moments(dense: nn.Module, plan: Plan, batches: Iterable[Tensor]) -> 
 
     Returns:
         Path of a layer -> (H, U + 1, U + 1) float64 moments of [z; 1] over tokens: of the hidden units read by an MLP's
-        fc2 (H = 1), of the outputs of each projection (a fused one gives H = 3 x heads), or of a single layer's input.
+        fc2 (H = 1), of the outputs of each projection (a fused one gives H = 3 x heads), of a single layer's input, or
+        of what `Method.moments` asks for.
     """
     wanted: dict[str, tuple[str, int]] = {}
     for e in plan.entries:
-        if e.kind == "mlp":
+        if e.form == "prefix":
             wanted[e.roles["fc2"]] = ("input", 1)
         elif e.form == "lowrank":
             wanted[e.target] = ("input", 1)
-        else:
+        elif e.form == "rotated":
             wanted |= _attention_outputs(e)
+        else:
+            wanted |= method_for(plan.config).moments(e)
+    if not wanted:
+        return {}
     modules, moments, handles = dict(dense.named_modules()), {}, []
 
     def hook(path: str, side: str, heads: int) -> Any:
@@ -89,6 +95,8 @@ def _attention_outputs(entry: PlanEntry) -> dict[str, tuple[str, int]]:
 def init_(model: nn.Module, dense: nn.Module, plan: Plan, moments: Moments) -> None:
     """Fill the adaptive modules of `model` from the weights of `dense`, exact at full width.
 
+    Forms that are not known here are filled by the plan's method (`Method.fill`).
+
     Args:
         model: converted by `convert_`.
         dense: the model before conversion.
@@ -97,12 +105,14 @@ def init_(model: nn.Module, dense: nn.Module, plan: Plan, moments: Moments) -> N
     """
     modules, adaptive = dict(dense.named_modules()), dict(model.named_modules())
     attention: dict[str, list[PlanEntry]] = {}
+    others = [e for e in plan.entries if e.form not in ("prefix", "lowrank", "rotated")]
+    method_for(plan.config).fill(adaptive, modules, others, moments)
     for e in plan.entries:
-        if e.kind == "mlp":
+        if e.form == "prefix":
             _init_mlp(adaptive, modules, e, moments[e.roles["fc2"]][0])
         elif e.form == "lowrank":
             _init_lowrank(adaptive[e.target], modules[e.target], e, moments[e.target][0])
-        else:
+        elif e.form == "rotated":
             attention.setdefault(e.roles["out"], []).append(e)
     for entries in attention.values():
         _init_attention(adaptive, modules, entries, moments)

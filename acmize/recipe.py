@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from acmize.errors import AcmizeError
-from acmize.methods.acm import AcmConfig
 from acmize.phases._loop import FitConfig
 from acmize.phases.finetune import FinetuneConfig
+from acmize.registry import config_class, method_for, methods
 
 PHASES = ("distill", "gates", "finetune")
+LABELS = ("damage", "threshold", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,8 @@ class GateOptions:
     """Phase 2.
 
     Attributes:
-        labels: "damage", or the published "threshold" labels with improvement factor `tau`.
+        labels: "damage", the published "threshold" labels of ACM with improvement factor `tau`, or "none": nothing is
+            fitted, and the gates stay at their start.
         rounds: times damages are collected: first at full width, then with the gates on at drawn `budgets`.
         images: unlabelled images used at most in a round.
         draws: classes drawn an image.
@@ -67,13 +69,16 @@ class GateOptions:
 class TrainOptions:
     """Phase 3: epochs, AdamW at `lr`, and the augmentation of timm.data.
 
-    `crop_scale`, `randaugment` and `hflip` (probability; 0 where left and right differ, as with digits) serve phase 1
-    too. With `interpolate`, how far to go from the weights before phase 3 is chosen on the held-out images.
+    Gates are trained at `gate_lr` and `gate_decay` (weight decay) where given, else like the rest. `crop_scale`,
+    `randaugment` and `hflip` (probability; 0 where left and right differ, as with digits) serve phase 1 too. With
+    `interpolate`, how far to go from the weights before phase 3 is chosen on the held-out images.
     """
 
     epochs: int = 12
     lr: float = 1e-4
     weight_decay: float = 0.01
+    gate_lr: float | None = None
+    gate_decay: float | None = None
     warmup: float = 0.05
     ema_decay: float | None = None
     accumulate: int = 1
@@ -89,6 +94,8 @@ class TrainOptions:
         _in_range(
             self, mixup=self.mixup >= 0, cutmix=self.cutmix >= 0, hflip=0 <= self.hflip <= 1,
             crop_scale=0 < low <= high <= 1, weight_decay=self.weight_decay >= 0,
+            gate_lr=self.gate_lr is None or self.gate_lr > 0,
+            gate_decay=self.gate_decay is None or self.gate_decay >= 0,
         )  # fmt: skip
 
 
@@ -101,7 +108,9 @@ class Recipe:
         budgets: further budgets that are calibrated and evaluated.
         phases: which of distill, gates, finetune train; without "gates" or with none of them, gates are still fitted
             in closed form on collected statistics.
-        acm: sizes of the learners and gates.
+        method: name of a registered method: acm, or one for CNNs.
+        config: its config, such as `AcmConfig`; None: the method's defaults. In options it may also stand under the
+            method's own name (`acm: {num_learners: 4}`), which then names the method too.
         distill: options of phase 1.
         gates: options of phase 2.
         train: options of phase 3.
@@ -122,7 +131,8 @@ class Recipe:
     budget: float = 0.5
     budgets: tuple[float, ...] = (0.9, 0.75, 0.6, 0.5, 0.4)
     phases: tuple[str, ...] = PHASES
-    acm: AcmConfig = field(default_factory=AcmConfig)
+    method: str = "acm"
+    config: Any = None
     distill: DistillOptions = field(default_factory=DistillOptions)
     gates: GateOptions = field(default_factory=GateOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
@@ -143,12 +153,19 @@ class Recipe:
         unknown = [p for p in self.phases if p not in PHASES]
         if unknown:
             raise AcmizeError(f"phases: found {unknown[0]!r}, expected none, all, or some of {', '.join(PHASES)}")
-        if self.gates.labels not in ("damage", "threshold"):
-            raise AcmizeError(f"gate labels: found {self.gates.labels!r}, expected damage or threshold")
-        needed = {"damage": "damage", "threshold": "classification"}[self.gates.labels]
-        if self.acm.gate != needed:
+        expected = _config_class(self.method)
+        if self.config is None:
+            object.__setattr__(self, "config", expected())
+        if type(self.config) is not expected:
+            found = type(self.config).__name__
+            raise AcmizeError(f"config: found {found}, expected {expected.__name__}, of method {self.method!r}")
+        if self.gates.labels not in LABELS:
+            raise AcmizeError(f"gate labels: found {self.gates.labels!r}, expected {' or '.join(LABELS)}")
+        allowed = method_for(self.config).gates
+        if self.gates.labels not in allowed[self.config.gate]:
+            fit = " or ".join(repr(g) for g, labels in allowed.items() if self.gates.labels in labels) or "no gate"
             raise AcmizeError(
-                f"gate labels {self.gates.labels!r} need gate={needed!r}, found {self.acm.gate!r}; set both or neither"
+                f"gate labels {self.gates.labels!r} need gate={fit}, found {self.config.gate!r}; set both or neither"
             )
         _in_range(
             self, budget=0 < self.budget <= 1, budgets=all(0 < b <= 1 for b in self.budgets),
@@ -163,6 +180,11 @@ class Recipe:
         """Config of the training loop for a phase of this recipe."""
         return FitConfig(epochs=epochs, lr=lr, seed=self.seed, mixed_precision=self.mixed_precision, **rest)
 
+    @property
+    def acm(self) -> Any:
+        """The config, by the name it had when ACM was the only method."""
+        return self.config
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return dataclasses.asdict(self)
@@ -174,7 +196,7 @@ class Recipe:
         Raises:
             AcmizeError: an option that does not exist, or a value that does not fit.
         """
-        return _build(cls, d, "recipe")
+        return _build(cls, _one_config(d), "recipe")
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -201,7 +223,9 @@ def preset(name: str) -> dict[str, Any]:
 def resolve(*layers: dict[str, Any], preset_name: str = "default") -> Recipe:
     """Merge a preset and dictionaries of options, later ones first in rank, into a recipe."""
     merged: dict[str, Any] = {}
-    for layer in (preset(preset_name), *layers):
+    given = [_one_config(layer) for layer in (preset(preset_name), *layers)]
+    name = next((layer["method"] for layer in reversed(given) if "method" in layer), Recipe.method)
+    for layer in ({**methods()[name][0].defaults} if name in methods() else {}, *given):
         _merge(merged, layer)
     if merged.pop("one_budget", False):
         budget = merged.setdefault("budget", Recipe.budget)
@@ -209,12 +233,45 @@ def resolve(*layers: dict[str, Any], preset_name: str = "default") -> Recipe:
         merged.setdefault("budgets", (budget,))
     if isinstance(merged.get("phases"), str):
         merged["phases"] = named_phases(merged["phases"])
-    gates, acm = merged.setdefault("gates", {}), merged.setdefault("acm", {})
-    if not isinstance(gates, dict) or not isinstance(acm, dict):
-        raise AcmizeError("gates, acm: expected options such as `acm: {num_learners: 4}`")
-    if "labels" in gates and "gate" not in acm:  # one option decides both
-        acm["gate"] = "classification" if gates["labels"] == "threshold" else "damage"
+    gates, config = merged.setdefault("gates", {}), merged.setdefault("config", {})
+    if not isinstance(gates, dict) or not isinstance(config, dict):
+        raise AcmizeError("gates, config: expected options such as `acm: {num_learners: 4}`")
+    _match(gates, config, name)
     return Recipe.from_dict(merged)
+
+
+def _match(gates: dict[str, Any], config: dict[str, Any], name: str) -> None:
+    """One of the gate and its labels decides the other where it is not given."""
+    if name not in methods():
+        return  # refused by name a moment later
+    method, cls = methods()[name]
+    if "labels" in gates and "gate" not in config:
+        usual = next(f.default for f in dataclasses.fields(cls) if f.name == "gate")
+        fit = [gate for gate, labels in method.gates.items() if gates["labels"] in labels]
+        if fit:
+            config["gate"] = usual if usual in fit else fit[0]
+    elif "gate" in config and "labels" not in gates and config["gate"] in method.gates:
+        gates["labels"] = method.gates[config["gate"]][0]
+
+
+def _one_config(d: dict[str, Any]) -> dict[str, Any]:
+    """Options with the config under "config", wherever it stood: there, or under a method's own name."""
+    named = [key for key in d if str(key).replace("_", "-") in methods()]
+    if not named:
+        return d
+    key = named[0]
+    name = key.replace("_", "-")
+    if len(named) > 1 or "config" in d or d.get("method", name) != name:
+        told = [*named, *(k for k in ("config", "method") if k in d)]
+        raise AcmizeError(f"recipe: found {', '.join(told)}, expected the config of one method")
+    return {**{k: v for k, v in d.items() if k != key}, "method": name, "config": d[key]}
+
+
+def _config_class(name: str) -> type:
+    try:
+        return config_class(name)
+    except ValueError as error:
+        raise AcmizeError(str(error)) from None
 
 
 def named_phases(text: str) -> tuple[str, ...]:
@@ -251,7 +308,6 @@ def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
 
 
 _NESTED: dict[str, type] = {
-    "acm": AcmConfig,
     "distill": DistillOptions,
     "gates": GateOptions,
     "train": TrainOptions,
@@ -268,6 +324,8 @@ def _build(cls: type, d: dict[str, Any], where: str) -> Any:
     for key, value in d.items():
         if cls is Recipe and key in _NESTED and isinstance(value, dict):
             value = _build(_NESTED[key], value, key)
+        elif cls is Recipe and key == "config" and isinstance(value, dict):
+            value = _build(_config_class(d.get("method", Recipe.method)), value, key)
         values[key] = tuple(value) if isinstance(value, list) else value
         if not _fits(values[key], hints[key]):
             wanted = getattr(hints[key], "__name__", None) if isinstance(hints[key], type) else None

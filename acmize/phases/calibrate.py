@@ -63,13 +63,16 @@ class Calibration:
 
 
 def realised(model: nn.Module, plan: Plan, batches: Sequence[Tensor]) -> Tensor:
-    """(samples,) executed MACs of the whole model, as a share of the dense model's, set as it is."""
+    """(samples,) MACs of the whole model as its gates choose, as a share of the dense model's, set as it is.
+
+    They are the executed ones where every module skips what is not chosen.
+    """
     shares, rest = [], plan.macs_rest(schedule_of(model))
     with evaluating(model):
         for batch in batches:
             with record(model, len(batch)) as seen:
                 model(batch)
-            shares.append((rest + seen.executed().double()) / plan.macs_dense)
+            shares.append((rest + seen.chosen().double()) / plan.macs_dense)
     return torch.cat(shares).cpu()
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmize.damage import logits_of
-from acmize.gates import Recorder, record
+from acmize.gates import Recorder, gates_of, record, set_progress
 from acmize.losses import budget_loss, diversity_loss, entropy_loss, task_loss, teacher_loss
 from acmize.phases._loop import FitConfig, History, fit
 from acmize.phases.calibrate import Calibration, set_budget
@@ -68,6 +68,7 @@ def finetune(
     losses: FinetuneConfig,
     config: FitConfig,
     mix: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]] | None = None,
+    gates: dict[str, float] | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
     watch: Callable[[int, dict[str, float]], None] | None = None,
@@ -84,12 +85,15 @@ def finetune(
         losses: weights and budgets.
         config: of the loop.
         mix: mixup or cutmix: (inputs, labels, step) -> (inputs, soft labels).
+        gates: `lr` or `weight_decay` of the parameters of gates, where they differ from the rest.
         checkpoint: folder for checkpoints.
         resume: go on from the checkpoint there.
         watch: sees every logged step.
     """
     model.train()
+    freeze_statistics(model)
     teacher.eval()
+    batches_in_all = max(1, steps_per_epoch * config.epochs)
 
     def loss(batch: Any, step: int) -> dict[str, Tensor]:
         inputs, labels = batch
@@ -97,6 +101,7 @@ def finetune(
             inputs, labels = mix(inputs, labels, step)
         budget = drawn_budget(losses.budgets, config.seed, step)
         set_budget(model, plan, calibration, budget)
+        set_progress(model, step / batches_in_all)
         rest = plan.macs_rest(plan.schedule(budget))
         with torch.no_grad():
             teacher_features, teacher_logits = features_and_logits(teacher, inputs)
@@ -110,15 +115,39 @@ def finetune(
         terms["diversity"] = diversity_loss(compute)
         terms["entropy"] = entropy_loss(_soft_choices(seen)) if losses.entropy else logits.new_zeros(())
         total = sum(getattr(losses, name) * term for name, term in terms.items())
+        for name, own in seen.losses.items():  # what modules of the method learn beside, weighted by themselves
+            terms[name] = torch.stack(own).sum()
+            total = total + terms[name]
         return {"loss": total, **terms, "compute": compute.mean().detach(), "asked": torch.tensor(budget)}  # pyright: ignore
 
     try:
         return fit(
             name="finetune", model=model, loss=loss, batches=batches, steps_per_epoch=steps_per_epoch, config=config,
-            checkpoint=checkpoint, resume=resume, watch=watch,
+            params=_groups(model, gates or {}), checkpoint=checkpoint, resume=resume, watch=watch,
         )  # fmt: skip
     finally:
+        set_progress(model, 1.0)
         model.eval()
+
+
+def freeze_statistics(model: nn.Module) -> None:
+    """Put every BatchNorm of a model in train mode into eval mode: its statistics stay those of the dense model.
+
+    Statistics of a batch in which some samples skip a layer would be those of a model that never runs.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def _groups(model: nn.Module, gates: dict[str, float]) -> list[Any] | None:
+    """Parameter groups for the optimizer: those of gates apart, where they are trained otherwise."""
+    if not gates:
+        return None
+    apart = {id(p) for gate in gates_of(model) for p in gate.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    rest = [p for p in trained if id(p) not in apart]
+    return [*([{"params": rest}] if rest else []), {"params": [p for p in trained if id(p) in apart], **gates}]
 
 
 def drawn_budget(budgets: tuple[float, float], seed: int, step: int) -> float:
@@ -156,4 +185,4 @@ def _soft_choices(seen: Recorder) -> list[Tensor]:
     return out
 
 
-__all__ = ["FinetuneConfig", "drawn_budget", "features_and_logits", "finetune"]
+__all__ = ["FinetuneConfig", "drawn_budget", "features_and_logits", "finetune", "freeze_statistics"]
