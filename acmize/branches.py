@@ -30,6 +30,8 @@ class PartialBranches(AdaptiveModule):
         names: the plan entry's name.
     """
 
+    per_sample = True
+
     def __init__(self, widths: Sequence[int], gate: Gate, names: tuple[str, ...]) -> None:
         super().__init__(names)
         self.widths, self.gate = tuple(widths), gate

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from acmize import ops
 from acmize.gates import AdaptiveModule, Decision, Gate
+from acmize.importance import order_units
 
 Bounds = tuple[int, ...]
 
@@ -69,9 +70,10 @@ class CutLayer(nn.Module):
         like: `nn.Conv2d`, timm's `Conv2dSame` or `nn.Linear` whose geometry is taken over; its weights are not.
         before: cumulative widths of the input for each choice; None: the input is whole.
         after: of the output; None: the output is whole.
+        bias: have a bias even where `like` has none, for a norm that was folded.
     """
 
-    def __init__(self, like: Any, before: Bounds | None, after: Bounds | None) -> None:
+    def __init__(self, like: Any, before: Bounds | None, after: Bounds | None, bias: bool = False) -> None:
         super().__init__()
         self.before, self.after = before, after
         self.linear, self.same = isinstance(like, nn.Linear), isinstance(like, Conv2dSame)
@@ -83,13 +85,13 @@ class CutLayer(nn.Module):
             shape[1] = before[-1]
         self.weight = nn.Parameter(torch.empty(shape))
         sums = before is not None and not self.depthwise
-        self.bias = nn.Parameter(torch.zeros(shape[0])) if sums or like.bias is not None else None
+        self.bias = nn.Parameter(torch.zeros(shape[0])) if bias or sums or like.bias is not None else None
         self.learner_bias = nn.Parameter(torch.zeros(len(before) - 1, shape[0])) if sums else None  # pyright: ignore
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
     def forward(self, x: Tensor, keep: Tensor) -> Tensor:
         """All the work: x already masked, keep (B, N) -> the whole output."""
-        y = self._apply(x, self.weight, self.bias)
+        y = self._product(x, self.weight, self.bias)
         return y if self.learner_bias is None else y + self._spread(keep @ self.learner_bias.to(keep.dtype))
 
     def cut(self, x: Tensor, choice: int) -> Tensor:
@@ -98,13 +100,50 @@ class CutLayer(nn.Module):
         weight, bias = self.weight[:out], self.table(choice)
         if self.before is not None and not self.depthwise:
             weight = weight[:, : self.before[choice]]
-        return self._apply(x, weight, None if bias is None else bias[:out])
+        return self._product(x, weight, None if bias is None else bias[:out])
 
     def table(self, choice: int) -> Tensor | None:
         """(O,) what is added when `choice` learners run."""
         if self.learner_bias is None or self.bias is None:
             return self.bias
         return self.bias + self.learner_bias[:choice].sum(0)
+
+    @torch.no_grad()
+    def narrow_(self, choice: int) -> None:
+        """Forget the channels beyond those of a choice."""
+        if self.after is not None:
+            self.after = self.after[: choice + 1]
+            for name in ("weight", "bias", "learner_bias"):
+                tensor = getattr(self, name)
+                if tensor is not None:
+                    cut = tensor[..., : self.after[-1]] if name == "learner_bias" else tensor[: self.after[-1]]
+                    setattr(self, name, nn.Parameter(cut.clone()))
+        if self.before is None:
+            return
+        self.before = self.before[: choice + 1]
+        if self.learner_bias is not None:
+            self.weight = nn.Parameter(self.weight[:, : self.before[-1]].clone())
+            self.learner_bias = nn.Parameter(self.learner_bias[:choice].clone())
+
+    @torch.no_grad()
+    def fold_(self, norm: Any) -> None:
+        """Take in the BatchNorm behind this layer: y -> scale * y + shift."""
+        scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
+        shift = (0 if norm.bias is None else norm.bias) - scale * norm.running_mean
+        bias = shift if self.bias is None else scale * self.bias + shift
+        self.weight.mul_(scale.view(-1, *(1,) * (self.weight.dim() - 1)))
+        self.bias = nn.Parameter(bias.clone())
+        if self.learner_bias is not None:
+            self.learner_bias.mul_(scale)
+
+    def inside(self, size: Sequence[int]) -> Tensor:
+        """Share of the output positions at which each tap of the kernel reads the input and not the padding, (taps,)."""
+        if self.linear:
+            return torch.ones(1)
+        taps, kernel = self.weight[0, 0].numel(), self.weight.shape[2:]
+        each = torch.eye(taps).view(taps, 1, *kernel)
+        run = conv2d_same if self.same else F.conv2d
+        return run(torch.ones(1, 1, *size), each, None, *self.geometry, 1).mean((0, 2, 3))
 
     def out_size(self, size: Sequence[int]) -> tuple[int, ...]:
         """Spatial size of the output for that of the input."""
@@ -119,7 +158,7 @@ class CutLayer(nn.Module):
             for n, s, p, d, k in zip(size, stride, padding, dilation, kernel, strict=True)
         )
 
-    def _apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.linear:
             return F.linear(x, weight, bias)
         run = conv2d_same if self.same else F.conv2d
@@ -129,18 +168,32 @@ class CutLayer(nn.Module):
         return y[:, None, None, :] if self.linear else y[:, :, None, None]
 
 
-class CutNorm(nn.Module):
-    """What lies between two layers and acts on each channel by itself: norms, activations, pooling."""
+class Between(nn.Module):
+    """What lies between two layers and acts on each channel by itself: norms, activations, pooling.
 
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
+    Args:
+        parts: in order.
+        folded: leave out the BatchNorms, which the layer before has taken in.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module], folded: bool = False) -> None:
         super().__init__()
-        self.parts = nn.ModuleList(parts)
+        self.parts = nn.ModuleList(_without_norm(part) if folded else part for part in parts)
 
     def forward(self, x: Tensor) -> Tensor:
         """Every channel."""
         for part in self.parts:
             x = part(x)
         return x
+
+    @torch.no_grad()
+    def reorder_(self, order: Tensor) -> None:
+        """Put the channels of every norm in this order."""
+        for part in self.parts:
+            if isinstance(part, nn.BatchNorm2d):
+                for tensor in (part.weight, part.bias, part.running_mean, part.running_var):
+                    if tensor is not None:
+                        tensor.copy_(tensor[order])
 
     def cut(self, x: Tensor, width: int) -> Tensor:
         """X has the leading `width` channels only; eval mode."""
@@ -152,8 +205,14 @@ class CutNorm(nn.Module):
         return x
 
 
+def _without_norm(part: Any) -> nn.Module:
+    """A BatchNorm -> the activation inside it, or nothing; other modules as they are."""
+    return getattr(part, "act", nn.Identity()) if isinstance(part, nn.BatchNorm2d) else part
+
+
 def _norm(norm: Any, x: Tensor, width: int) -> Tensor:
-    stats = (t[:width] for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
+    tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    stats = (None if t is None else t[:width] for t in tensors)
     x = F.batch_norm(x, *stats, training=False, eps=norm.eps)
     return norm.act(norm.drop(x)) if hasattr(norm, "act") else x  # timm's BatchNormAct2d
 
@@ -169,10 +228,12 @@ class ChannelChain(AdaptiveModule):
         names: the plan entry's name.
     """
 
+    per_sample = True
+
     def __init__(
         self,
         layers: Sequence[CutLayer],
-        between: Sequence[CutNorm],
+        between: Sequence[Between],
         bounds: Sequence[Bounds],
         gate: Gate,
         names: tuple[str, ...],
@@ -215,6 +276,61 @@ class ChannelChain(AdaptiveModule):
             mask = mask[:, None, None, :] if layer.linear else mask[:, :, None, None]
             x = between(layer(x, keep)) * mask
         return last(x, keep)
+
+    @torch.no_grad()
+    def fill_(self, dense: Sequence[Any], moments: Sequence[Tensor | None], inputs: Sequence[Sequence[int]]) -> None:
+        """Weights of dense layers, channels in the order of importance; equal to them at full width.
+
+        The mean of what a choice leaves out is put back by the biases; near the border, where taps read the padding, in
+        the proportion of the positions that are not.
+
+        Args:
+            dense: the layers this chain was built like; norms have been carried along and are put in order here.
+            moments: of what each layer but the first reads: (U + 1, U + 1), augmented; None for a depthwise one.
+            inputs: shape of one sample's input of each layer.
+        """
+        weights = [layer.weight.detach().flatten(2).double() if layer.weight.dim() > 2 else
+                   layer.weight.detach()[:, :, None].double() for layer in dense]  # fmt: skip
+        orders = self._orders(weights, moments)
+        for i, (layer, like) in enumerate(zip(self.layers, dense, strict=True)):
+            cut: Any = layer
+            weight, bias = weights[i], torch.zeros(len(weights[i]), dtype=torch.double, device=weights[i].device)
+            bias = bias if like.bias is None else like.bias.detach().double()
+            if i < len(orders):
+                weight, bias = weight[orders[i]], bias[orders[i]]
+                self.between[i].reorder_(orders[i])  # pyright: ignore[reportCallIssue]
+            if cut.learner_bias is not None:
+                order, table = orders[i - 1], moments[i - 1]
+                assert table is not None
+                weight, mean = weight[:, order], (table[-1, :-1] / table[-1, -1])[order]
+                share = cut.inside(inputs[i][1:]).to(weight)
+                put_back = (weight @ share * mean).T  # (U, O)
+                put_back = torch.stack([put_back[a:b].sum(0) for a, b in pairwise(cut.before)])
+                cut.learner_bias.copy_(-put_back)
+                bias = bias + put_back.sum(0)
+            cut.weight.copy_(weight.view_as(cut.weight))
+            if cut.bias is not None:
+                cut.bias.copy_(bias)
+
+    def _orders(self, weights: Sequence[Tensor], moments: Sequence[Tensor | None]) -> list[Tensor]:
+        """Of each inner activation; those around a depthwise layer have one order, of what is read behind it."""
+        orders: list[Tensor] = []
+        for weight, table in reversed(list(zip(weights[1:], moments, strict=True))):
+            orders.append(orders[-1] if table is None else order_units(table, weight.transpose(1, 2).flatten(0, 1)))
+        return orders[::-1]
+
+    @torch.no_grad()
+    def narrow_(self, choice: int) -> None:
+        """Remove the channels of all learners beyond `choice` for good, and fold the norms; see `Between`."""
+        for layer, between in zip(self.layers, self.between, strict=False):
+            for j, part in enumerate(between.parts):  # pyright: ignore[reportArgumentType]
+                if isinstance(part, nn.BatchNorm2d):
+                    layer.fold_(part)  # pyright: ignore[reportCallIssue]
+                    between.parts[j] = _without_norm(part)  # pyright: ignore[reportIndexIssue]
+        for layer in self.layers:
+            layer.narrow_(choice)  # pyright: ignore[reportCallIssue]
+        self.bounds = tuple(b[: choice + 1] for b in self.bounds)
+        self.gate.narrow_(choice)
 
     def _constant(self, x: Tensor) -> Tensor:
         """What is left of the chain when no channel runs: the last layer's bias."""

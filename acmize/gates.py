@@ -122,6 +122,11 @@ class Gate(nn.Module):
             return Decision(choice, hard_keep(choice, self.num_learners).float().requires_grad_())
         return Decision(choice)
 
+    def narrow_(self, choice: int) -> None:
+        """Forget the learners beyond `choice` for good; subclasses narrow what predicts them."""
+        self.num_learners = choice
+        self.learner_macs, self.cost = self.learner_macs[:, :choice], self.cost[:, : choice + 1]
+
     def soft_scores(self, energy: Tensor) -> Tensor:
         """Energies in units of the temperature, for the soft distribution over choices."""
         return -energy / self.temperature
@@ -174,6 +179,11 @@ class DamageGate(Gate):
         unit = (self.price * self.cost[:, -1:]).clamp_min(1e-20)  # a price of 0 would divide by it
         return -(energy / unit) / self.temperature
 
+    def narrow_(self, choice: int) -> None:
+        """Choices beyond `choice` are gone; running that many counts as no damage from now on."""
+        self.fc2 = leading_outputs(self.fc2, self.groups, choice)
+        super().narrow_(choice)
+
     def price_at(self, dial: float) -> float:
         """Logarithmic: damage spans many orders of magnitude."""
         low, high = map(math.log, self.dial_range)
@@ -209,6 +219,15 @@ class ClassificationGate(Gate):
     def _straight_through(self, energy: Tensor) -> Decision:
         noise = -torch.empty_like(energy).exponential_().log()
         return super()._straight_through(energy - noise)
+
+
+def leading_outputs(layer: nn.Linear, groups: int, count: int) -> nn.Linear:
+    """A layer with the leading `count` outputs of each of its groups."""
+    cut = nn.Linear(layer.in_features, groups * count, device=layer.weight.device, dtype=layer.weight.dtype)
+    for name in ("weight", "bias"):
+        rows = getattr(layer, name).detach().unflatten(0, (groups, -1))[:, :count]
+        setattr(cut, name, nn.Parameter(rows.flatten(0, 1).clone()))
+    return cut
 
 
 # --- one price for the model ----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 
 from acmize.branches import PartialBranches
-from acmize.channels import ChannelChain, CutLayer, CutNorm, by_choice, chain_macs, steps
+from acmize.channels import ChannelChain, CutLayer, Between, by_choice, chain_macs, steps
 from acmize.cost import count_macs
 from acmize.gates import DamageGate, Decision, GateSpec, choosing, hard_keep, record
 from acmize.ops import even_bounds, use_backend
@@ -67,7 +67,7 @@ def chain(kind: str) -> tuple[ChannelChain, torch.Tensor, list[int]]:
         CutLayer(m, inner[i - 1] if i else None, inner[i] if i < len(inner) else None) for i, m in enumerate(like)
     ]
     totals = [chain_macs(layers, positions, k) for k in range(NUM + 1)]
-    made = ChannelChain(layers, [CutNorm(b) for b in between], inner, gate(6, steps(totals)), ("a",))
+    made = ChannelChain(layers, [Between(b) for b in between], inner, gate(6, steps(totals)), ("a",))
     noisy(made)
     return made, x.permute(0, 2, 3, 1) if kind == "linear" else x, positions
 
@@ -101,7 +101,7 @@ def test_full_width_is_the_plain_chain(kind: str) -> None:
     for i, layer in enumerate(made.layers):
         cut: Any = layer
         bias = None if cut.bias is None else cut.bias + (0 if cut.learner_bias is None else cut.learner_bias.sum(0))
-        y = cut._apply(y, cut.weight, bias)
+        y = cut._product(y, cut.weight, bias)
         y = made.between[i](y) if i < len(made.between) else y
     with choosing(made, lambda g, v: torch.full((len(v), 1), NUM)):
         torch.testing.assert_close(made(x), y, rtol=1e-4, atol=1e-4)

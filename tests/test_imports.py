@@ -19,10 +19,10 @@ ORDER = (
     ("__about__", "errors"),
     ("registry",),
     ("kernels",),
-    ("ops", "cost"),  # cost counts the work of any module and knows nothing of ours
+    ("ops", "cost", "importance"),  # cost counts the work of any module and knows nothing of ours
     ("gates",),
     ("layers",),
-    ("adaptive",),
+    ("adaptive", "channels", "branches"),
     ("methods",),
     ("plan",),
     ("hosts",),

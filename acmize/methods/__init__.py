@@ -1,3 +1,3 @@
 """One method, one file; each registers its config class with `acmize.registry` when it is imported here."""
 
-from acmize.methods import acm
+from acmize.methods import acm, lag
