@@ -279,7 +279,8 @@ def build_base(base: dict[str, Any]) -> nn.Module:
         )
     import timm
 
-    import acmize.quickstart_model  # noqa: F401 - registers the model that ships with the package
+    import acmize.cifar_models
+    import acmize.quickstart_model  # noqa: F401 - both register models of this package
 
     if not timm.is_model(base["architecture"]):
         raise AcmizeError(

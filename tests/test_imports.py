@@ -30,7 +30,7 @@ ORDER = (
     ("init", "compensate"),
     ("damage", "losses", "diagnose", "controls"),
     ("checkpoint", "batches", "splits", "data"),
-    ("quickstart_model", "models"),
+    ("quickstart_model", "cifar_models", "models"),
     ("phases",),
     ("recipe",),
     ("images",),
