@@ -270,12 +270,13 @@ class ChannelChain(AdaptiveModule):
     def forward_reference(self, x: Tensor, decision: Decision) -> Tensor:
         """All the work, then masks."""
         keep = decision.group(0).keep_or_hard(self.gate.num_learners, x.dtype)
-        *first, last = self.layers
-        for layer, between, bounds in zip(first, self.between, self.bounds, strict=True):
-            mask = ops.unit_mask(keep, bounds)
-            mask = mask[:, None, None, :] if layer.linear else mask[:, :, None, None]
-            x = between(layer(x, keep)) * mask
-        return last(x, keep)
+        for i, between in enumerate(self.between):
+            x = between(self.layers[i](x, keep))
+            after: Any = self.layers[i + 1]
+            if not after.depthwise:  # one of a channel's two masks would count its gradient twice
+                mask = ops.unit_mask(keep, self.bounds[i])
+                x = x * (mask[:, None, None, :] if after.linear else mask[:, :, None, None])
+        return self.layers[-1](x, keep)
 
     @torch.no_grad()
     def fill_(self, dense: Sequence[Any], moments: Sequence[Tensor | None], inputs: Sequence[Sequence[int]]) -> None:
