@@ -216,7 +216,7 @@ def _fasternet_channels(fqn: str, module: Any) -> Found:
     return _chain(f"{fqn}.mlp", module.mlp, ("0", "1", "2", "3"))
 
 
-@_handles("timm.models.vgg.VGG", kinds=("channels",))
+@_handles("timm.models.vgg.VGG", "acmize.cifar_models.CifarVgg", kinds=("channels",))
 def _vgg_channels(fqn: str, module: Any) -> Found:
     """One chain a stage; a stage of one convolution is joined to the next."""
     chains: list[list[str]] = [[]]
