@@ -327,7 +327,10 @@ class _Conversion:
         return error
 
     def _calibrate(self, budgets: Iterable[float], tolerance: float = 0.0025) -> Calibration:
-        batches = list(self.images.batches(self.images.held, 64 if tolerance > 0.01 else 200))
+        count = 64 if tolerance > 0.01 else 200
+        if all(e.tokens == 1 for e in self.plan.entries):  # a decision a sample: its mean needs more of them
+            count *= 10
+        batches = list(self.images.batches(self.images.held, count))
         reachable = [b for b in budgets if b >= self.plan.budget_range[0]]
         return calibrate(self.model, self.plan, batches, reachable, tolerance=tolerance)
 

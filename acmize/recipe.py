@@ -70,6 +70,7 @@ class TrainOptions:
     """Phase 3: epochs, AdamW at `lr`, and the augmentation of timm.data.
 
     Gates are trained at `gate_lr` and `gate_decay` (weight decay) where given, else like the rest. `crop_scale`,
+    `crop_pad` (in place of the scaled crop: pad by so many pixels, then crop at random, as is usual at 32x32),
     `randaugment` and `hflip` (probability; 0 where left and right differ, as with digits) serve phase 1 too. With
     `interpolate`, how far to go from the weights before phase 3 is chosen on the held-out images.
     """
@@ -86,6 +87,7 @@ class TrainOptions:
     cutmix: float = 0.0
     randaugment: str | None = None
     crop_scale: tuple[float, float] = (0.35, 1.0)
+    crop_pad: int | None = None
     hflip: float = 0.5
     interpolate: bool = True
 
@@ -93,7 +95,7 @@ class TrainOptions:
         low, high = self.crop_scale
         _in_range(
             self, mixup=self.mixup >= 0, cutmix=self.cutmix >= 0, hflip=0 <= self.hflip <= 1,
-            crop_scale=0 < low <= high <= 1, weight_decay=self.weight_decay >= 0,
+            crop_scale=0 < low <= high <= 1, crop_pad=self.crop_pad is None or self.crop_pad >= 0, weight_decay=self.weight_decay >= 0,
             gate_lr=self.gate_lr is None or self.gate_lr > 0,
             gate_decay=self.gate_decay is None or self.gate_decay >= 0,
         )  # fmt: skip
