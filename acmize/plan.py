@@ -73,7 +73,6 @@ class Site:
         named = {"module": fqn, "branch": branch, "rest": rest}
         return cls(fqn=fqn, kind="block", roles={role: path for role, path in named.items() if path is not None})
 
-
     @classmethod
     def channels(
         cls, fqn: str, layers: Sequence[str], between: Sequence[Sequence[str]], *, residual: bool = True

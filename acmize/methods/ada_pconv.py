@@ -103,7 +103,9 @@ class Router(Gate):
 class AdaPConv(PartialBranches):
     """Branches that add the terms of the config to the loss while they are trained."""
 
-    def __init__(self, widths: tuple[int, ...], gate: Gate, names: tuple[str, ...], hinge: float, balance: float) -> None:
+    def __init__(
+        self, widths: tuple[int, ...], gate: Gate, names: tuple[str, ...], hinge: float, balance: float
+    ) -> None:
         super().__init__(widths, gate, names)
         self.hinge, self.balance = hinge, balance
         self.skips = not getattr(gate, "soft", False)
