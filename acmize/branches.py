@@ -2,8 +2,8 @@
 
     y_b = [conv_b(x[:, :c_b]), x[:, c_b:]],   c_b = C / 8, C / 4, C / 2   for b = 1, 2, 3
 
-A sample that runs k branches' worth of work takes y_k alone: nothing is summed. In training, and in the published `soft`
-form, y = sum_b p_b y_b, where p_b = keep[b] - keep[b + 1] and keep[n] is the probability of a choice above n.
+A sample that runs k branches' worth of work takes y_k alone: nothing is summed. In training, and in the published
+`soft` form, y = sum_b p_b y_b, where p_b = keep[b] - keep[b + 1] and keep[n] is the probability of a choice above n.
 
 Shapes: B samples, C channels; tensors are BCHW.
 """
@@ -44,7 +44,7 @@ class PartialBranches(AdaptiveModule):
             return self.forward_reference(x, decision)
         return self._routed(x, decision.choice[:, 0])
 
-    @torch.compiler.disable
+    @ops.eager
     def _routed(self, x: Tensor, choice: Tensor) -> Tensor:
         """One convolution for each branch that some sample takes."""
         groups = grouped(choice)

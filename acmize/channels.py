@@ -12,8 +12,8 @@ is left out be put back:
 The reference does all the work and masks. The fast path groups the samples of a batch by k and runs one dense product
 of leading slices for each group, so a batch of one is sliced without any sorting.
 
-Shapes: B samples, U channels of an inner activation, O output channels, D input channels, N learners; tensors are BCHW, or
-channels last where the layers are linear.
+Shapes: B samples, U channels of an inner activation, O output channels, D input channels, N learners; tensors are
+BCHW, or channels last where the layers are linear.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from acmize.importance import order_units
 Bounds = tuple[int, ...]
 
 
-@torch.compiler.disable
+@ops.eager
 def by_choice(x: Tensor, choice: Tensor, run: Callable[[Tensor, int], Tensor]) -> Tensor:
     """Run samples of one choice together: x (B, ...), choice (B,) -> (B, ...) in the original order.
 
@@ -79,7 +79,7 @@ class CutLayer(nn.Module):
         self.linear, self.same = isinstance(like, nn.Linear), isinstance(like, Conv2dSame)
         shape = list(like.weight.shape)
         self.depthwise = not self.linear and like.groups > 1
-        self.geometry = () if self.linear else (like.stride, like.padding, like.dilation)
+        self.geometry: Any = () if self.linear else (like.stride, like.padding, like.dilation)
         shape[0] = shape[0] if after is None else after[-1]
         if before is not None and not self.depthwise:
             shape[1] = before[-1]
@@ -137,12 +137,12 @@ class CutLayer(nn.Module):
             self.learner_bias.mul_(scale)
 
     def inside(self, size: Sequence[int]) -> Tensor:
-        """Share of the output positions at which each tap of the kernel reads the input and not the padding, (taps,)."""
+        """(taps,) share of the output positions at which a tap of the kernel reads the input and not the padding."""
         if self.linear:
             return torch.ones(1)
         taps, kernel = self.weight[0, 0].numel(), self.weight.shape[2:]
         each = torch.eye(taps).view(taps, 1, *kernel)
-        run = conv2d_same if self.same else F.conv2d
+        run: Any = conv2d_same if self.same else F.conv2d
         return run(torch.ones(1, 1, *size), each, None, *self.geometry, 1).mean((0, 2, 3))
 
     def out_size(self, size: Sequence[int]) -> tuple[int, ...]:
@@ -161,7 +161,7 @@ class CutLayer(nn.Module):
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.linear:
             return F.linear(x, weight, bias)
-        run = conv2d_same if self.same else F.conv2d
+        run: Any = conv2d_same if self.same else F.conv2d
         return run(x, weight, bias, *self.geometry, len(weight) if self.depthwise else 1)
 
     def _spread(self, y: Tensor) -> Tensor:
@@ -324,10 +324,11 @@ class ChannelChain(AdaptiveModule):
     def narrow_(self, choice: int) -> None:
         """Remove the channels of all learners beyond `choice` for good, and fold the norms; see `Between`."""
         for layer, between in zip(self.layers, self.between, strict=False):
-            for j, part in enumerate(between.parts):  # pyright: ignore[reportArgumentType]
+            parts: Any = between.parts
+            for j, part in enumerate(parts):
                 if isinstance(part, nn.BatchNorm2d):
                     layer.fold_(part)  # pyright: ignore[reportCallIssue]
-                    between.parts[j] = _without_norm(part)  # pyright: ignore[reportIndexIssue]
+                    parts[j] = _without_norm(part)
         for layer in self.layers:
             layer.narrow_(choice)  # pyright: ignore[reportCallIssue]
         self.bounds = tuple(b[: choice + 1] for b in self.bounds)

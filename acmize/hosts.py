@@ -248,7 +248,7 @@ def _chain(fqn: str, module: Any, names: Sequence[str], *, residual: bool = True
     layers: list[str] = []
     between: list[list[str]] = [[]]
     for child in names:
-        part = getattr(module, child, None)
+        part: Any = getattr(module, child, None)
         if _plain(part):
             continue
         if type(part) in (nn.Conv2d, Conv2dSame, nn.Linear):

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -292,6 +292,14 @@ def gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if large and _onednn(x):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def eager(function: _F) -> _F:
+    """Keep a function out of compiled graphs: what it runs depends on counts that change with every input."""
+    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
 
 
 # --- seen by torch.compile ------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ class Site:
 
     @classmethod
     def partial(cls, fqn: str, conv: str, channels: int) -> Site:
-        """A partial convolution, named by its path: `conv` on the leading channels of `channels`, identity on the rest."""
+        """A partial convolution: `conv` on the leading channels of `channels`, the identity on the rest."""
         return cls(fqn=fqn, kind="partial", roles={"module": fqn, "conv": conv}, options={"channels": channels})
 
 

@@ -29,6 +29,7 @@ ORDER = (
     ("insert",),
     ("init", "compensate"),
     ("damage", "losses", "diagnose", "controls"),
+    ("removal",),
     ("checkpoint", "batches", "splits", "data"),
     ("quickstart_model", "cifar_models", "models"),
     ("phases",),

@@ -28,6 +28,7 @@ from acmize.ops import use_backend
 from acmize.phases.calibrate import calibrate, realised
 from acmize.phases.pretrain_gates import fit_damage_gates
 from acmize.plan import Plan
+from acmize.removal import remove_dead_
 
 CONFIG = LagConfig(num_learners=4, gate_hidden=2)
 ENTRIES = {
@@ -211,7 +212,7 @@ def test_the_temperature_falls_as_published_over_any_length() -> None:
 def test_training_reaches_gates_and_weights(gate: Any) -> None:
     model, _ = adapted(resnet(BasicBlock), LagConfig(num_learners=4, gate_hidden=2, gate=gate))
     for one in gates_of(model):
-        one.price.fill_(20.0 if gate == "damage" else 0.0)  # where a fresh gate is undecided
+        one.price.fill_(1.5 / one.cost[0, -1] if gate == "damage" else 0.0)  # where a fresh gate is undecided
     model.train()
     with record(model, 4) as seen:
         loss = model(images(4)).square().mean() + seen.differentiable().mean() / 1e6
@@ -220,7 +221,7 @@ def test_training_reaches_gates_and_weights(gate: Any) -> None:
         if isinstance(module, ChannelChain):
             last: Any = module.gate.fc2
             assert last.weight.grad.abs().sum() + last.bias.grad.abs().sum() > 0
-            assert module.layers[0].weight.grad.abs().sum() > 0  # pyright: ignore
+            assert module.layers[-1].bias.grad.abs().sum() > 0  # pyright: ignore
 
 
 # --- the way of a conversion ----------------------------------------------------------------------------------
@@ -263,3 +264,48 @@ def test_saved_and_loaded_bit_by_bit(gated: Any, tmp_path: Any) -> None:
         expected = made(images(5, seed=4))
         assert (expected - dense(images(5, seed=4))).abs().max() > 1e-3
         assert torch.equal(loaded(images(5, seed=4)), expected)
+
+
+@torch.no_grad()
+def test_removed_channels_are_gone_and_the_rest_is_unchanged(gated: Any, tmp_path: Any) -> None:
+    dense, fitted, plan = gated
+    model, x = copy.deepcopy(fitted), images(6, seed=4)
+
+    def least(gate: Gate, y: torch.Tensor) -> torch.Tensor:
+        return (torch.arange(len(y)) % 3)[:, None]  # two of four learners at most
+
+    with choosing(model, least):
+        before = model(x)
+        smaller = remove_dead_(model, plan, [x])
+        after = model(x)
+    assert all(e.num_learners == 2 for e in smaller.entries)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    with use_backend("masked"), choosing(model, least):
+        torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
+    chain: Any = model.get_submodule(plan.entries[0].target)
+    assert chain.layers[0].weight.shape[0] == plan.entries[0].bounds[2]
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in chain.modules())
+    paths = list(plan.entries[0].roles.values())
+    whole = sum(dense.get_submodule(p).weight.numel() for p in paths)
+    assert sum(layer.weight.numel() for layer in chain.layers) == whole / 2
+    assert sum(p.numel() for p in model.parameters()) < 0.7 * sum(p.numel() for p in dense.parameters())
+    with choosing(model, full_width), record(model, len(x)) as seen:
+        counted = count_macs(model, x)
+        gates = sum(seen.gates.values())
+        assert counted == len(x) * (smaller.macs_rest() - gates) + seen.executed().sum().item()
+    assert smaller.budget_range[1] < plan.budget_range[1]
+
+    calibration = calibrate(model, smaller, [images(24, seed=9)], (0.9,), tolerance=0.05)
+    base = {"library": "module", "architecture": "ResNet", "kwargs": {}, "pretrained_cfg": {}}
+    made = make_adaptive(model, smaller, calibration, base)
+    made.set_budget(0.9)
+    made.save_pretrained(tmp_path / "out")
+    loaded = from_pretrained(tmp_path / "out", model=CHAINS["resnet basic"]())
+    assert torch.equal(loaded(x), made(x))
+
+
+def test_what_runs_often_enough_stays() -> None:
+    dense = CHAINS["resnet basic"]()
+    model, plan = adapted(dense)
+    with choosing(model, Mixed()):
+        assert remove_dead_(model, plan, [images(10)]) == plan

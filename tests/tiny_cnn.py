@@ -1,4 +1,4 @@
-"""Small convolutional networks of the real timm classes, every norm random so that no term is right only for being 0."""
+"""Small convolutional networks of the real timm classes, norms random so that no term is right only for being 0."""
 
 from __future__ import annotations
 

@@ -10,12 +10,12 @@ T = max(0.5, 5 * 0.9^epoch) over 25 epochs. Nothing depends on the input and not
 Deviations, and why
 - Gates read the input of the chain, so that channels depend on the sample (the description promises it, the code does
   not do it). Inner channels of a residual block are gated, never the residual stream.
-- Channels are ordered by the output variance they explain and owned by N learners; a sample runs a prefix. Samples of one
-  width are then one dense product: gathers of single channels for each sample were slower than dense at batch 64.
+- Channels are ordered by the output variance they explain and owned by N learners; a sample runs a prefix. Samples of
+  one width are then one dense product: gathers of single channels for each sample were slower than dense at batch 64.
 - One logistic draw a sample for all learners samples k with P(k > n) = sigmoid(m_n); a draw for each would thin
   the widths out at the start.
-- The budget is held by the price (`gate="logistic"`), or gates predict damage (`gate="damage"`, the default, which needs
-  neither labels nor training).
+- The budget is held by the price (`gate="logistic"`), or gates predict damage (`gate="damage"`, the default, which
+  needs neither labels nor training).
 - The mean of what is left out is put back by one bias for each learner; at full width they cancel exactly.
 
 Shapes: B samples, D input channels, U inner channels, O output channels, N learners.
@@ -24,7 +24,7 @@ Shapes: B samples, D input channels, U inner channels, O output channels, N lear
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -182,6 +182,18 @@ class Lag(Method):
             paths = list(e.roles.values())
             stats = [moments[p][0] if p in moments else None for p in paths[1:]]
             chain.fill_([dense[p] for p in paths], stats, e.options["inputs"])
+
+    def narrow(self, module: Any, entry: Any, choice: int) -> Any:
+        """Slice the layers, fold their norms, forget what the gate said of the rest."""
+        module.narrow_(choice)
+        dim, hidden = module.gate.fc1.in_features, module.gate.fc1.out_features
+        gate_macs = dim * hidden + hidden * choice
+        module.gate.gate_macs = (gate_macs,)
+        bounds = [list(b) for b in module.bounds]
+        return replace(
+            entry, bounds=tuple(bounds[0]), learner_macs=entry.learner_macs[:choice], gate_macs=gate_macs,
+            options={**entry.options, "bounds": bounds, "folded": True},
+        )  # fmt: skip
 
 
 def _layers(like: list[Any], bounds: list[list[int]], folded: bool = False) -> list[CutLayer]:
