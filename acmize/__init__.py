@@ -1,5 +1,6 @@
 """acmize turns a pretrained model into one that spends compute only where the input needs it."""
 
+import acmize.cifar_models  # noqa: F401 - registers models with timm
 from acmize.__about__ import __version__
 from acmize.errors import AcmizeError
 from acmize.methods.acm import AcmConfig

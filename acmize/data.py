@@ -197,9 +197,10 @@ def train_transform(
         std=config["std"],
     )
     if crop_pad is not None:
-        from torchvision.transforms import RandomCrop
+        from torchvision.transforms import RandomCrop, Resize
 
-        made.transforms[0] = RandomCrop(config["input_size"][1:], padding=crop_pad)  # type: ignore[union-attr]
+        size = config["input_size"][1:]
+        made.transforms[:1] = [Resize(size), RandomCrop(size, padding=crop_pad)]  # type: ignore[union-attr]
     return made  # type: ignore[return-value]
 
 

@@ -164,10 +164,16 @@ class DamageGate(Gate):
 
         `dial` (..., 1) is the position of the dial for each token; the gate's own by default.
         """
+        return self.log_damage_of(self.hidden(x, dial)).clamp(-25.0, 10.0)
+
+    def hidden(self, x: Tensor, dial: Tensor | None = None) -> Tensor:
+        """X (..., D) -> (..., hidden), with the dial as in `log_damage`."""
         level = self.level * (self.dial if dial is None else dial)
-        h = F.linear(x, self.fc1.weight) + (self.fc1.bias + level)
-        eta = self.fc2(F.gelu(h)).unflatten(-1, (self.groups, self.num_learners))
-        return eta.float().clamp(-25.0, 10.0)
+        return F.gelu(F.linear(x, self.fc1.weight) + (self.fc1.bias + level))
+
+    def log_damage_of(self, h: Tensor) -> Tensor:
+        """Hidden units (..., hidden) -> (..., G, N)."""
+        return self.fc2(h).unflatten(-1, (self.groups, self.num_learners)).float()
 
     def energies(self, x: Tensor) -> Tensor:
         """Damage plus price times cost; more learners never count as more damage."""

@@ -95,7 +95,8 @@ class TrainOptions:
         low, high = self.crop_scale
         _in_range(
             self, mixup=self.mixup >= 0, cutmix=self.cutmix >= 0, hflip=0 <= self.hflip <= 1,
-            crop_scale=0 < low <= high <= 1, crop_pad=self.crop_pad is None or self.crop_pad >= 0, weight_decay=self.weight_decay >= 0,
+            crop_scale=0 < low <= high <= 1, crop_pad=self.crop_pad is None or self.crop_pad >= 0,
+            weight_decay=self.weight_decay >= 0,
             gate_lr=self.gate_lr is None or self.gate_lr > 0,
             gate_decay=self.gate_decay is None or self.gate_decay >= 0,
         )  # fmt: skip

@@ -91,22 +91,22 @@ class CosineGate(GumbelGate):
     def __init__(self, spec: GateSpec, reads_cir: bool) -> None:
         super().__init__(spec)
         self.scale = nn.Parameter(torch.ones(()))
-        self.reads_cir = reads_cir
         self.cir = None if reads_cir else nn.Linear(spec.hidden, 1)
         self.known_cir: Tensor | None = None  # set by the block while it is trained
 
     def predicted_cir(self, x: Tensor) -> Tensor:
         """X (..., D) -> (..., 1)."""
         assert self.cir is not None
-        return self.cir(F.gelu(self.fc1(x)))
+        return self.cir(self.hidden(x))
 
     def log_damage(self, x: Tensor, dial: Tensor | None = None) -> Tensor:
         """X (..., D) -> (..., 1, 1)."""
-        cir = x[..., -1:] if self.reads_cir else self.predicted_cir(x)
+        h = self.hidden(x, dial)
+        cir = x[..., -1:] if self.cir is None else self.cir(h)
         if self.known_cir is not None:
             share = min(1.0, self.progress / ANNEAL)
             cir = share * cir + (1 - share) * self.known_cir
-        return (super().log_damage(x, dial) + self.scale * cir.unsqueeze(-1)).clamp(-25.0, 10.0)
+        return (self.log_damage_of(h) + self.scale * cir.unsqueeze(-1)).clamp(-25.0, 10.0)
 
 
 # --- the block ------------------------------------------------------------------------------------------------
