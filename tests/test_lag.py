@@ -161,7 +161,8 @@ def test_a_config_checks_itself() -> None:
 
 
 def logistic(num: int = 4, min_choice: int = 0) -> LogisticGate:
-    spec = GateSpec(dim=6, hidden=8, learner_macs=((1,) * num,), gate_macs=(0,), macs_total=4, min_choice=min_choice)
+    """Learners of one unit of cost each."""
+    spec = GateSpec(dim=6, hidden=8, learner_macs=((1,) * num,), gate_macs=(0,), macs_total=1, min_choice=min_choice)
     return LogisticGate(spec).eval()
 
 
@@ -170,23 +171,26 @@ def test_a_fresh_logistic_gate_runs_everything() -> None:
     assert (gate(torch.randn(9, 6)).choice == 4).all()
 
 
-def test_a_channel_is_on_where_its_logit_and_all_before_are() -> None:
+def test_learners_run_up_to_the_first_that_is_not_worth_it() -> None:
     gate = logistic()
-    gate.fc2.bias.data = torch.tensor([1.0, 0.1, -0.1, 3.0])
-    assert (gate(torch.randn(3, 6)).choice == 2).all()
-    gate.price.fill_(0.5)  # a learner's share of the work, relative to the mean, is 1 here
-    assert (gate(torch.randn(3, 6)).choice == 1).all()
-    gate.price.fill_(9.0)
-    assert (gate(torch.randn(3, 6)).choice == 0).all()
+    gate.fc2.bias.data = torch.tensor([5.0, 4.1, 2.5, 3.0]).log()  # what is left out costs 4, 3, 2, 1
+    for price, choice in ((1.2, 4), (1.249, 4), (1.251, 0), (9.0, 0)):
+        gate.price.fill_(price)
+        assert (gate(torch.randn(3, 6)).choice == choice).all()
+    gate.fc2.bias.data = torch.tensor([9.0, 4.1, 2.5, 3.0]).log()
+    for price, choice in ((1.2, 4), (1.3, 2), (1.4, 1), (2.2, 1), (2.3, 0)):
+        gate.price.fill_(price)
+        assert (gate(torch.randn(3, 6)).choice == choice).all(), price
     least = logistic(min_choice=1)
-    least.price.fill_(9.0)
+    least.price.fill_(1e9)
     assert (least(torch.randn(3, 6)).choice == 1).all()
 
 
 @pytest.mark.parametrize("min_choice", [0, 1])
 def test_straight_through_samples_prefixes_and_passes_the_gradient(min_choice: int) -> None:
     gate = logistic(min_choice=min_choice).train()
-    gate.fc2.bias.data = torch.tensor([1.5, 0.5, -0.5, -1.5])
+    gate.price.fill_(1.0)
+    gate.fc2.bias.data = torch.tensor([1.5, 0.5, -0.5, -1.5]) + torch.tensor([4.0, 3.0, 2.0, 1.0]).log()
     decision = gate(torch.randn(20_000, 6))
     keep = decision.keep
     assert keep is not None
@@ -212,7 +216,7 @@ def test_the_temperature_falls_as_published_over_any_length() -> None:
 def test_training_reaches_gates_and_weights(gate: Any) -> None:
     model, _ = adapted(resnet(BasicBlock), LagConfig(num_learners=4, gate_hidden=2, gate=gate))
     for one in gates_of(model):
-        one.price.fill_(1.5 / one.cost[0, -1] if gate == "damage" else 0.0)  # where a fresh gate is undecided
+        one.price.fill_(1.5 / one.cost[0, -1])  # where a fresh gate is undecided
     model.train()
     with record(model, 4) as seen:
         loss = model(images(4)).square().mean() + seen.differentiable().mean() / 1e6

@@ -3,8 +3,8 @@
 Published (public code only): every BatchNorm output times sigmoid(logit_c / T) with static logits, L1 on the gates,
 T = max(0.5, 5 * 0.9^epoch) over 25 epochs. Nothing depends on the input and nothing is skipped. Here
 
-    logits = W2 relu(W1 GAP(x) + b1) + b2          (W2 = 0, b2 = 2 at first: insertion changes nothing)
-    m_n    = min_{j <= n} (logits_j - price * cost_j),   learner n runs iff m_n > 0
+    logits = W2 gelu(W1 GAP(x) + b1) + b2
+    m_n    = min_{j <= n} (logits_j - log(price * cost of the learners from j on)),   learner n runs iff m_n > 0
     keep_n = 1[m_n + e > 0]  forward,  sigmoid((m_n + e) / T)  backward,   e logistic, one draw a sample
 
 Deviations, and why
@@ -14,8 +14,8 @@ Deviations, and why
   one width are then one dense product: gathers of single channels for each sample were slower than dense at batch 64.
 - One logistic draw a sample for all learners samples k with P(k > n) = sigmoid(m_n); a draw for each would thin
   the widths out at the start.
-- The budget is held by the price (`gate="logistic"`), or gates predict damage (`gate="damage"`, the default, which
-  needs neither labels nor training).
+- A logit is the log damage of leaving out the learners from n on, so that damages, which need no labels, can start the
+  gates, and one price serves every budget. `gate="damage"` (the default) picks argmin damage + price * cost instead.
 - The mean of what is left out is put back by one bias for each learner; at full width they cancel exactly.
 
 Shapes: B samples, D input channels, U inner channels, O output channels, N learners.
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmize.channels import Between, ChannelChain, CutLayer, chain_macs, steps
-from acmize.gates import DamageGate, Decision, Gate, GateSpec, leading_outputs
+from acmize.gates import DamageGate, Decision, GateSpec
 from acmize.ops import even_bounds
 from acmize.registry import Keep, Method, Refused, register
 
@@ -43,7 +43,7 @@ class LagConfig:
 
     Attributes:
         num_learners: groups of channels, N >= 1.
-        gate: "damage" (predicts log damage) or "logistic" (the published kind, trained by the task).
+        gate: "damage" (predicts log damage) or "logistic" (the published kind, on the same scale).
         gate_hidden: hidden width of a gate.
     """
 
@@ -59,37 +59,22 @@ class LagConfig:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected at least 1")
 
 
-class LogisticGate(Gate):
-    """The published kind of gate, made to depend on the input; see the module's docstring."""
+class LogisticGate(DamageGate):
+    """The published kind of gate, made to depend on the input and put on the scale of damage; see the docstring above.
 
-    dial_range = (-16.0, 16.0)
+    Without damages to fit, the last layer starts at zero with a bias of 2: every sample alike, and all on at price 0.
+    """
 
     def __init__(self, spec: GateSpec) -> None:
         super().__init__(spec)
-        self.fc1 = nn.Linear(spec.dim, spec.hidden)
-        self.fc2 = nn.Linear(spec.hidden, self.groups * self.num_learners)
         nn.init.zeros_(self.fc2.weight)
         nn.init.constant_(self.fc2.bias, 2.0)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """X (..., D) -> (..., G, N) gate logits."""
-        return self.fc2(F.relu(self.fc1(x))).unflatten(-1, (self.groups, self.num_learners)).float()
-
     def energies(self, x: Tensor) -> Tensor:
         """Minus the sum of the margins m_n of the learners that run; margins fall, so the least is where they end."""
-        share = self.cost.diff(dim=-1) / self.cost[:, -1:] * self.num_learners
-        margins = (self.logits(x) - self.price * share).cummin(-1)[0]
+        left_out = self.price * (self.cost[:, -1:] - self.cost[:, :-1])
+        margins = (self.log_damage(x) - left_out.clamp_min(1e-20).log()).cummin(-1)[0]
         return F.pad(-margins.cumsum(-1), (1, 0))
-
-    def price_at(self, dial: float) -> float:
-        """Linear and signed: 0.5 is the gate as trained."""
-        low, high = self.dial_range
-        return low + dial * (high - low)
-
-    def narrow_(self, choice: int) -> None:
-        """Logits beyond `choice` are gone."""
-        self.fc2 = leading_outputs(self.fc2, self.groups, choice)
-        super().narrow_(choice)
 
     def _straight_through(self, energy: Tensor) -> Decision:
         noise = torch.rand_like(energy[..., :1]).logit(eps=1e-6)
@@ -111,7 +96,7 @@ class Lag(Method):
 
     name = "lag"
     kinds = ("channels",)
-    gates: ClassVar = {"damage": ("damage",), "logistic": ("none",)}
+    gates: ClassVar = {"damage": ("damage",), "logistic": ("damage", "none")}
     defaults: ClassVar = {"merge": "none"}
 
     def plan(
