@@ -248,13 +248,13 @@ def _match(gates: dict[str, Any], config: dict[str, Any], name: str) -> None:
     if name not in methods():
         return  # refused by name a moment later
     method, cls = methods()[name]
+    usual = next(f.default for f in dataclasses.fields(cls) if f.name == "gate")
     if "labels" in gates and "gate" not in config:
-        usual = next(f.default for f in dataclasses.fields(cls) if f.name == "gate")
         fit = [gate for gate, labels in method.gates.items() if gates["labels"] in labels]
         if fit:
             config["gate"] = usual if usual in fit else fit[0]
-    elif "gate" in config and "labels" not in gates and config["gate"] in method.gates:
-        gates["labels"] = method.gates[config["gate"]][0]
+    elif "labels" not in gates and config.get("gate", usual) in method.gates:
+        gates["labels"] = method.gates[config.get("gate", usual)][0]
 
 
 def _one_config(d: dict[str, Any]) -> dict[str, Any]:

@@ -129,7 +129,7 @@ class AdaPConvMethod(Method):
     name = "ada-pconv"
     kinds = ("partial",)
     gates: ClassVar = {"router": ("none",), "damage": ("damage",)}
-    defaults: ClassVar = {"merge": "none"}
+    defaults: ClassVar = {"merge": "none", "phases": ("gates", "finetune"), "train": {"gate_decay": 0.0}}
 
     def plan(
         self, site: Any, modules: dict[str, Any], config: AdaPConvConfig, keep: Keep, work: Any

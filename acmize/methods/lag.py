@@ -97,7 +97,7 @@ class Lag(Method):
     name = "lag"
     kinds = ("channels",)
     gates: ClassVar = {"damage": ("damage",), "logistic": ("damage", "none")}
-    defaults: ClassVar = {"merge": "none"}
+    defaults: ClassVar = {"merge": "none", "phases": ("gates", "finetune"), "train": {"gate_decay": 0.0}}
 
     def plan(
         self, site: Any, modules: dict[str, Any], config: LagConfig, keep: Keep, work: Any
