@@ -168,7 +168,8 @@ class CifarResNet18(ResNet):
     """ResNet-18 for 32x32: a 3x3 stem of stride 1, no pooling before the stages."""
 
     def __init__(self, num_classes: int = 10, in_chans: int = 3) -> None:
-        super().__init__(BasicBlock, (2, 2, 2, 2), num_classes=num_classes, in_chans=in_chans)
+        block: Any = BasicBlock
+        super().__init__(block, (2, 2, 2, 2), num_classes=num_classes, in_chans=in_chans)
         self.conv1 = nn.Conv2d(in_chans, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.maxpool = nn.Identity()

@@ -17,9 +17,11 @@ from rich.table import Table
 
 from acmize.__about__ import __version__
 from acmize.errors import AcmizeError
+from acmize.registry import methods
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Adaptive computation for pretrained models.")
 out, err = Console(), Console(stderr=True)
+PROJECTIONS = ("q", "k", "v", "out", "linear")
 
 Model = Annotated[str, typer.Argument(help="timm model, such as deit_tiny_patch16_224")]
 Weights = Annotated[Path | None, typer.Option(help="safetensors file with the weights, in place of the Hub")]
@@ -28,7 +30,7 @@ Targets = Annotated[list[str] | None, typer.Option("--target-modules", help="glo
 Exclude = Annotated[list[str] | None, typer.Option(help="globs of sites that stay dense")]
 Learners = Annotated[int | None, typer.Option(help="learners a site")]
 Width = Annotated[int | None, typer.Option("--learner-dim", help="hidden units of an MLP's learner")]
-MethodName = Annotated[str | None, typer.Option("--method", help="acm, or for CNNs: cosine-gate")]
+MethodName = Annotated[str | None, typer.Option("--method", help=", ".join(methods()))]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="an option of the method's config: NAME=VALUE")]
 Preset = Annotated[str, typer.Option(help="default, or paper (arXiv 2312.10193)")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
@@ -128,11 +130,11 @@ def print_plan(name: str, made: Any) -> None:
         out.print(f"small: the gate costs a quarter of the site or more, so it hardly pays at {names}", highlight=False)
     kinds: dict[str, int] = {}
     for e in made.entries:
-        kinds[e.kind] = kinds.get(e.kind, 0) + 1
+        name = "MLPs" if e.kind == "mlp" else "projections" if e.kind in PROJECTIONS else f"{e.kind}s"
+        kinds[name] = kinds.get(name, 0) + 1
     gates = sum(e.gate_macs * e.tokens for e in made.entries)
     low, high = made.budget_range
-    mlps, rest = kinds.pop("mlp", 0), sum(kinds.values())
-    out.print(f"{mlps} MLPs, {rest} projections")
+    out.print(", ".join(f"{count} {name}" for name, count in sorted(kinds.items())), highlight=False)
     out.print(f"whole model {made.macs_dense / 1e9:.3f} GMACs ({2 * made.macs_dense / 1e9:.3f} GFLOPs)")
     out.print(f"gates {gates / 1e6:.1f} MMACs ({100 * gates / made.macs_dense:.1f} %); budgets {low:.3f} to {high:.3f}")
 

@@ -168,7 +168,8 @@ def model_card(model: Any) -> str:
         meta.append(f"license: {base['pretrained_cfg']['license']}")
     meta += [f"base_model: timm/{name}" if base["library"] == "timm" else f"# base: {name}", "---"]
     text = [*meta, "", f"# {name}, adaptive", ""]
-    text += [f"{name} made adaptive with acmize {__about__.__version__}: every token runs only part of each layer.", ""]
+    made = f"{name} made adaptive with acmize {__about__.__version__}"
+    text += [f"{made}: every input runs only the part of it that it needs.", ""]
     text += ["```python", "import acmize", "", 'model = acmize.from_pretrained("THIS REPOSITORY OR FOLDER")']
     text += ["model.set_budget(0.6)", "```", ""]
     if model.results.get("results"):

@@ -157,18 +157,18 @@ class Recipe:
         if unknown:
             raise AcmizeError(f"phases: found {unknown[0]!r}, expected none, all, or some of {', '.join(PHASES)}")
         expected = _config_class(self.method)
-        if self.config is None:
-            object.__setattr__(self, "config", expected())
-        if type(self.config) is not expected:
-            found = type(self.config).__name__
+        config: Any = expected() if self.config is None else self.config
+        object.__setattr__(self, "config", config)
+        if type(config) is not expected:
+            found = type(config).__name__
             raise AcmizeError(f"config: found {found}, expected {expected.__name__}, of method {self.method!r}")
         if self.gates.labels not in LABELS:
             raise AcmizeError(f"gate labels: found {self.gates.labels!r}, expected {' or '.join(LABELS)}")
-        allowed = method_for(self.config).gates
-        if self.gates.labels not in allowed[self.config.gate]:
+        allowed = method_for(config).gates
+        if self.gates.labels not in allowed[config.gate]:
             fit = " or ".join(repr(g) for g, labels in allowed.items() if self.gates.labels in labels) or "no gate"
             raise AcmizeError(
-                f"gate labels {self.gates.labels!r} need gate={fit}, found {self.config.gate!r}; set both or neither"
+                f"gate labels {self.gates.labels!r} need gate={fit}, found {config.gate!r}; set both or neither"
             )
         _in_range(
             self, budget=0 < self.budget <= 1, budgets=all(0 < b <= 1 for b in self.budgets),

@@ -72,7 +72,8 @@ def register(config_class: type):
     """Class decorator: instances of `config_class` are handled by one instance of the decorated method."""
 
     def decorate(method_class: _T) -> _T:
-        _METHODS[config_class] = method_class()
+        made: Any = method_class()
+        _METHODS[config_class] = made
         return method_class
 
     return decorate

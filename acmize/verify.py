@@ -338,7 +338,11 @@ def _inputs_of(model: nn.Module, inputs: Tensor) -> list[tuple[AdaptiveModule, T
     """The adaptive modules, in the order in which they are called, and what they are given."""
     asked: list[tuple[AdaptiveModule, Tensor]] = []
     modules = [m for m in model.modules() if isinstance(m, AdaptiveModule)]
-    handles = [m.register_forward_pre_hook(lambda module, args: asked.append((module, args[0]))) for m in modules]
+
+    def note(module: Any, args: tuple[Tensor, ...]) -> None:
+        asked.append((module, args[0]))
+
+    handles = [m.register_forward_pre_hook(note) for m in modules]
     try:
         with ops.use_backend(REFERENCE):
             model(inputs)

@@ -154,7 +154,7 @@ class SkippableBlock(AdaptiveModule):
         decision = self.decide(pooled)
         if decision.keep is not None or ops.pick_backend(x) == "masked":
             return self.forward_reference(x, decision)
-        return self._gathered(x, decision.choice[:, 0] > 0)
+        return self._gathered(x, decision.choice[:, 0] > 0)  # pyright: ignore[reportCallIssue] - the decorator
 
     def forward_reference(self, x: Tensor, decision: Decision) -> Tensor:
         """All the work, then a choice between the two outputs."""
