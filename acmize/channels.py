@@ -58,6 +58,8 @@ def by_choice(x: Tensor, choice: Tensor, run: Callable[[Tensor, int], Tensor]) -
 
 def grouped(choice: Tensor) -> list[tuple[int, Tensor]]:
     """(B,) choices -> each choice that occurs, with the samples (M,) that made it; an empty batch has choice 0."""
+    if len(choice) == 1:
+        return [(int(choice), torch.zeros_like(choice))]
     counts = torch.bincount(choice, minlength=1).tolist()
     index = choice.argsort().split(counts)
     return [(k, i) for k, i in enumerate(index) if len(i)] or [(0, choice)]

@@ -65,8 +65,10 @@ def main() -> None:
     args = made.parse_args()
     options = start(args, __file__)
     options.pop("acm", None)
+    gates = {} if args.smoke else {"gates": {"budgets": (min(args.budgets) - 0.05, 0.95)}}
     recipe = resolve(
         options,
+        gates,
         {"method": "lag", "config": {"num_learners": args.num_learners}, "phases": (), "budget": min(args.budgets)},
         {"budgets": tuple(args.budgets), "merge": "none"},
     )
