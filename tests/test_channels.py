@@ -11,8 +11,9 @@ from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 
 from acmize.branches import PartialBranches
-from acmize.channels import Between, ChannelChain, CutLayer, by_choice, chain_macs, steps
+from acmize.channels import ChannelChain, by_choice
 from acmize.cost import count_macs
+from acmize.cut import Between, CutLayer, chain_macs, steps
 from acmize.gates import DamageGate, Decision, GateSpec, choosing, hard_keep, record
 from acmize.ops import even_bounds, use_backend
 

@@ -19,7 +19,7 @@ ORDER = (
     ("__about__", "errors"),
     ("registry",),
     ("kernels",),
-    ("ops", "cost", "importance"),  # cost counts the work of any module and knows nothing of ours
+    ("ops", "cost", "cut", "importance"),  # cost counts the work of any module and knows nothing of ours
     ("gates",),
     ("layers",),
     ("adaptive", "channels", "branches"),

@@ -31,7 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acmize.channels import Between, ChannelChain, CutLayer, chain_macs, steps
+from acmize.channels import ChannelChain
+from acmize.cut import Between, CutLayer, chain_macs, steps
 from acmize.gates import DamageGate, Decision, GateSpec
 from acmize.ops import even_bounds
 from acmize.registry import Keep, Method, Refused, register
