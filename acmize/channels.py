@@ -104,14 +104,6 @@ class ChannelChain(AdaptiveModule):
             x = between.cut(layer.cut(x, choice), bounds[choice])  # pyright: ignore[reportCallIssue]
         return last.cut(x, choice)  # pyright: ignore[reportCallIssue]
 
-    def hidden(self, x: Tensor) -> list[Tensor]:
-        """The inner activations at full width."""
-        keep, found = x.new_ones(len(x), self.gate.num_learners), []
-        for layer, between in zip(self.layers, self.between, strict=False):
-            x = between(layer(x, keep))
-            found.append(x)
-        return found
-
     def forward_reference(self, x: Tensor, decision: Decision) -> Tensor:
         """All the work, then masks."""
         keep = decision.group(0).keep_or_hard(self.gate.num_learners, x.dtype)
