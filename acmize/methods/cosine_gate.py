@@ -89,7 +89,7 @@ class BlockGate(DamageGate):
         Kept until a parameter or the dial changes.
         """
         sources = (*self.parameters(), self.dial, self.price)
-        key = tuple((t.data_ptr(), t._version) for t in sources)
+        key = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in sources)
         if self._folded is None or self._folded[0] != key:
             weight, bias = self.head()
             threshold = (self.price * self.cost[0, -1]).log() - bias[0]
@@ -114,7 +114,7 @@ class GumbelGate(BlockGate):
 
 
 class CosineGate(GumbelGate):
-    """Log damage as a CIR + c: CIR predicted from the input, or read from its last feature (`true_cir`)."""
+    """Log damage as a CIR + c: CIR predicted from the input, or (oracle) the last feature of the input."""
 
     def __init__(self, spec: GateSpec, reads_cir: bool) -> None:
         super().__init__(spec)
