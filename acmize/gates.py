@@ -164,20 +164,19 @@ class DamageGate(Gate):
 
         `dial` (..., 1) is the position of the dial for each token; the gate's own by default.
         """
-        return self.log_damage_of(self.hidden(x, dial)).clamp(-25.0, 10.0)
+        eta = self.fc2(self.hidden(x, dial)).unflatten(-1, (self.groups, self.num_learners))
+        return eta.float().clamp(-25.0, 10.0)
 
     def hidden(self, x: Tensor, dial: Tensor | None = None) -> Tensor:
         """X (..., D) -> (..., hidden), with the dial as in `log_damage`."""
         level = self.level * (self.dial if dial is None else dial)
         return F.gelu(F.linear(x, self.fc1.weight) + (self.fc1.bias + level))
 
-    def log_damage_of(self, h: Tensor) -> Tensor:
-        """Hidden units (..., hidden) -> (..., G, N)."""
-        return self.fc2(h).unflatten(-1, (self.groups, self.num_learners)).float()
-
     def energies(self, x: Tensor) -> Tensor:
         """Damage plus price times cost; more learners never count as more damage."""
-        log_damage = self.log_damage(x).flip(-1).cummax(-1)[0].flip(-1)
+        log_damage = self.log_damage(x)
+        if self.num_learners > 1:
+            log_damage = log_damage.flip(-1).cummax(-1)[0].flip(-1)
         return F.pad(log_damage.exp(), (0, 1)) + self.price * self.cost
 
     def soft_scores(self, energy: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, wraps
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
@@ -299,7 +299,13 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 def eager(function: _F) -> _F:
     """Keep a function out of compiled graphs: what it runs depends on counts that change with every input."""
-    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
+    uncompiled = torch.compiler.disable(function)
+
+    @wraps(function)
+    def call(*args: Any) -> Any:  # the guard costs microseconds, so it stands where it is needed alone
+        return (uncompiled if torch.compiler.is_compiling() else function)(*args)
+
+    return call  # pyright: ignore[reportReturnType]
 
 
 # --- seen by torch.compile ------------------------------------------------------------------------------------

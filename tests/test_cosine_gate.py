@@ -22,7 +22,7 @@ from acmize.api import convert
 from acmize.controls import by_name, static_width
 from acmize.cost import count_macs
 from acmize.damage import collect_damage
-from acmize.gates import AdaptiveModule, Gate, choosing, full_width, gates_of, record, set_progress
+from acmize.gates import AdaptiveModule, Gate, choosing, full_width, gates_of, record, set_dial, set_progress
 from acmize.hosts import find_sites, make_plan
 from acmize.hub import from_pretrained, save_pretrained
 from acmize.insert import convert_
@@ -205,6 +205,26 @@ def test_a_block_of_ones_own() -> None:
         torch.testing.assert_close(model(x), dense[3](dense[2](h)))
     cir = model[1].run_with_cir(h)[1]
     torch.testing.assert_close(cir[:, 0], 1 - F.cosine_similarity(h.flatten(1), dense[1].conv(h).flatten(1)))
+
+
+@pytest.mark.parametrize("gate", ["cosine", "plain", "damage"])
+@torch.no_grad()
+def test_the_quick_decision_is_the_gates(resnet: nn.Module, gate: Any) -> None:
+    model, _ = adapted(resnet, CosineGateConfig(gate=gate, gate_hidden=4))
+    for one in gates_of(model):
+        one.level.normal_()  # pyright: ignore
+    x = torch.rand(200, 64)
+    mine: Any = model.layer3[1].gate
+    dials = []
+    for dial in (0.0, 0.3, 0.5, 0.55, 0.6, 1.0):
+        set_dial(model, dial)
+        quick = mine.runs(x)
+        assert torch.equal(quick, mine(x).choice[:, 0] > 0)
+        dials.append(quick.float().mean().item())
+    assert dials[0] == 1.0
+    assert dials[-1] < 1.0
+    mine.fc2.bias.add_(30.0)
+    assert mine.runs(x).all(), "the folded weights must follow the parameters"
 
 
 # --- CIR, training --------------------------------------------------------------------------------------------

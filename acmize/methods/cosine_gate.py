@@ -69,7 +69,35 @@ class CosineGateConfig:
 # --- gates ----------------------------------------------------------------------------------------------------
 
 
-class GumbelGate(DamageGate):
+class BlockGate(DamageGate):
+    """A damage gate of one block, whose decision is one comparison."""
+
+    _folded: tuple[Any, tuple[Tensor, ...]] | None = None
+
+    def runs(self, x: Tensor) -> Tensor:
+        """X (B, D) -> (B,) bool, what `forward` decides in fewer operations: a block of one sample is small."""
+        w1, b1, w2, threshold = self.folded()
+        return F.linear(F.gelu(F.linear(x, w1, b1)), w2)[:, 0] > threshold
+
+    def head(self) -> tuple[Tensor, Tensor]:
+        """Weight (1, hidden) and bias (1,) from hidden units to log damage."""
+        return self.fc2.weight, self.fc2.bias
+
+    def folded(self) -> tuple[Tensor, ...]:
+        """First layer with the dial in its bias, last layer, and the least log damage that is worth the block.
+
+        Kept until a parameter or the dial changes.
+        """
+        sources = (*self.parameters(), self.dial, self.price)
+        key = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in sources)
+        if self._folded is None or self._folded[0] != key:
+            weight, bias = self.head()
+            threshold = (self.price * self.cost[0, -1]).log() - bias[0]
+            self._folded = key, (self.fc1.weight, self.fc1.bias + self.level * self.dial, weight, threshold)
+        return self._folded[1]
+
+
+class GumbelGate(BlockGate):
     """A damage gate that is trained as published: choices drawn with Gumbel noise, on the logarithm of the energies."""
 
     def __init__(self, spec: GateSpec) -> None:
@@ -86,7 +114,7 @@ class GumbelGate(DamageGate):
 
 
 class CosineGate(GumbelGate):
-    """Log damage as a CIR + c: CIR predicted from the input, or read from its last feature (`true_cir`)."""
+    """Log damage as a CIR + c: CIR predicted from the input, or (oracle) the last feature of the input."""
 
     def __init__(self, spec: GateSpec, reads_cir: bool) -> None:
         super().__init__(spec)
@@ -99,14 +127,24 @@ class CosineGate(GumbelGate):
         assert self.cir is not None
         return self.cir(self.hidden(x))
 
+    def head(self) -> tuple[Tensor, Tensor]:
+        """The heads of c and of CIR as one."""
+        weight, bias = super().head()
+        if self.cir is None:
+            raise TypeError("an oracle decides when the block has run: it has no quick decision")
+        return weight + self.scale * self.cir.weight, bias + self.scale * self.cir.bias
+
     def log_damage(self, x: Tensor, dial: Tensor | None = None) -> Tensor:
         """X (..., D) -> (..., 1, 1)."""
         h = self.hidden(x, dial)
-        cir = x[..., -1:] if self.cir is None else self.cir(h)
-        if self.known_cir is not None:
-            share = min(1.0, self.progress / ANNEAL)
-            cir = share * cir + (1 - share) * self.known_cir
-        return (self.log_damage_of(h) + self.scale * cir.unsqueeze(-1)).clamp(-25.0, 10.0)
+        if self.cir is None:
+            eta = self.fc2(h) + self.scale * x[..., -1:]
+        else:
+            eta = F.linear(h, *self.head())
+            if self.known_cir is not None:
+                share = min(1.0, self.progress / ANNEAL)
+                eta = eta + (1 - share) * self.scale * (self.known_cir - self.cir(h))
+        return eta.unsqueeze(-1).float().clamp(-25.0, 10.0)
 
 
 # --- the block ------------------------------------------------------------------------------------------------
@@ -151,10 +189,16 @@ class SkippableBlock(AdaptiveModule):
             y, cir = self.run_with_cir(x)
             decision = self.decide(torch.cat([pooled, cir], 1)) if self.oracle else self._taught(pooled, cir)
             return self.blend(x, y, decision)
+        masked = ops.pick_backend(x) == "masked"
+        gate: Any = self.gate
+        watched = self.recorder is not None or gate.choose is not None or gate.probe
+        if not (watched or masked or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            return _gathered(self, x, gate.runs(pooled))
         decision = self.decide(pooled)
-        if decision.keep is not None or ops.pick_backend(x) == "masked":
+        if decision.keep is not None or masked:
             return self.forward_reference(x, decision)
-        return self._gathered(x, decision.choice[:, 0] > 0)  # pyright: ignore[reportCallIssue] - the decorator
+        gathered = _gathered_uncompiled if torch.compiler.is_compiling() else _gathered
+        return gathered(self, x, decision.choice[:, 0] > 0)
 
     def forward_reference(self, x: Tensor, decision: Decision) -> Tensor:
         """All the work, then a choice between the two outputs."""
@@ -168,17 +212,6 @@ class SkippableBlock(AdaptiveModule):
     def skipped(self, x: Tensor) -> Tensor:
         """What an input becomes that does not run the block."""
         return x if self.rest is None else self.block.get_submodule(self.rest)(x.clone())  # activations are in place
-
-    @torch.compiler.disable
-    def _gathered(self, x: Tensor, runs: Tensor) -> Tensor:
-        """Run the block on the samples that keep it, and on nothing else."""
-        rows = runs.nonzero().flatten()
-        if len(rows) == len(x):
-            return self.block(x)
-        out = self.skipped(x)
-        if len(rows) == 0:
-            return out
-        return out.index_copy(0, rows, self.block(x[rows]))
 
     def run_with_cir(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Output (B, C, H, W) of the whole block, and CIR (B, 1) without gradient."""
@@ -205,6 +238,21 @@ class SkippableBlock(AdaptiveModule):
             return self.decide(pooled)
         finally:
             self.gate.known_cir = None
+
+
+def _gathered(module: SkippableBlock, x: Tensor, runs: Tensor) -> Tensor:
+    """Run the block on the samples (B,) that keep it, and on nothing else."""
+    count = int(runs.sum())
+    if count == len(x):
+        return module.block(x)
+    out = module.skipped(x)
+    if count:
+        rows = runs.nonzero().flatten()
+        out = out.index_copy(0, rows, module.block(x[rows]))
+    return out
+
+
+_gathered_uncompiled = torch.compiler.disable(_gathered)  # how many samples run changes with every input
 
 
 @torch.no_grad()
@@ -243,7 +291,7 @@ class CosineGateMethod(Method):
             raise Refused(f"takes {taken[1:]} and gives {given[1:]}: only a block that keeps (C, H, W) can be skipped")
         if "branch" not in site.roles and "rest" in site.roles and config.gate == "cosine":
             raise Refused("its branch is not named, so F(x) cannot be seen; name it: PATH:block(branch=NAME,rest=NAME)")
-        gate_macs = _gate_inputs(taken[1], config) * config.gate_hidden + config.gate_hidden * _gate_outputs(config)
+        gate_macs = (_gate_inputs(taken[1], config) + 1) * config.gate_hidden  # the heads of c and CIR are one
         if gate_macs > macs // 2:
             raise Refused(f"too small: its gate would cost {gate_macs} of {macs} MACs")
         if not keep(fqn, fqn):
@@ -269,7 +317,7 @@ class CosineGateMethod(Method):
         if config.gate == "cosine":
             gate = CosineGate(spec, reads_cir=oracle)
         else:
-            gate = (GumbelGate if config.gate == "plain" else DamageGate)(spec)
+            gate = (GumbelGate if config.gate == "plain" else BlockGate)(spec)
         inner = {role: path.removeprefix(f"{entry.target}.") for role, path in entry.roles.items()}
         block = SkippableBlock(
             modules[entry.target], gate, entry.fqn, branch=inner.get("branch"), rest=inner.get("rest"), oracle=oracle,
@@ -280,7 +328,3 @@ class CosineGateMethod(Method):
 
 def _gate_inputs(channels: int, config: CosineGateConfig) -> int:
     return channels + (config.mode == "oracle")
-
-
-def _gate_outputs(config: CosineGateConfig) -> int:
-    return 2 if config.gate == "cosine" and config.mode == "predict" else 1
