@@ -251,25 +251,47 @@ def _chain(fqn: str, module: Any, names: Sequence[str], *, residual: bool = True
         part: Any = getattr(module, child, None)
         if _plain(part):
             continue
-        if type(part) in (nn.Conv2d, Conv2dSame, nn.Linear):
-            if reason := _uncut(part, bool(layers) and child != names[-1]):
-                return [Refusal(fqn=name or fqn, reason=f"{child}: {reason}")]
+        if isinstance(part, _CUTTABLE):
             layers.append(f"{fqn}.{child}")
             between.append([])
-        elif layers and _channel_wise(part):
-            between[-1].append(f"{fqn}.{child}")
         else:
-            reason = f"a {type(part).__name__} ({child}) stands among its convolutions and reads every channel"
-            return [Refusal(fqn=name or fqn, reason=reason)]
-    if len(layers) < 2:
-        return [Refusal(fqn=name or fqn, reason="fewer than two convolutions in a row")]
+            between[-1].append(f"{fqn}.{child}")
     return [Site.channels(name or fqn, layers, between[1:-1], residual=residual)]
+
+
+_CUTTABLE = (nn.Conv2d, nn.Linear)
+
+
+def _unfit_chain(site: Site, modules: dict[str, Any]) -> str | None:
+    """Why the layers of a chain cannot run on leading slices of their channels, or None."""
+    paths, between = list(site.roles.values()), site.options["between"]
+    if len(paths) < 2 or len(between) != len(paths) - 1:
+        return f"{len(paths)} layers with {len(between)} groups between them: expected two or more, and one fewer"
+    for i, path in enumerate(paths):
+        layer = modules[path]
+        if type(layer) not in (nn.Conv2d, Conv2dSame, nn.Linear):
+            return f"{path!r} is a {type(layer).__name__}, expected a plain convolution or linear layer"
+        if reason := _uncut(layer, 0 < i < len(paths) - 1):
+            return f"{path.rpartition('.')[2]}: {reason}"
+        given = modules[paths[i - 1]].weight.shape[0]
+        taken = layer.weight.shape[1] * (1 if isinstance(layer, nn.Linear) else layer.groups)
+        if i and given != taken:
+            return f"{path!r} takes {taken} channels, but {paths[i - 1]!r} gives {given}"
+    for path in (p for group in between for p in group):
+        if path not in modules:
+            return f"{path!r} is not a module of this model"
+        if not _channel_wise(modules[path]):
+            name = path.rpartition(".")[2]
+            return f"a {type(modules[path]).__name__} ({name}) stands among its convolutions and reads every channel"
+    return None
 
 
 def _uncut(layer: Any, inner: bool) -> str | None:
     """Why a layer cannot run on leading slices of its channels, or None; `inner` ones may be depthwise."""
-    if isinstance(layer, nn.Linear) or layer.groups == 1:
-        strange = not isinstance(layer, nn.Linear) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str))
+    if isinstance(layer, nn.Linear):
+        return None
+    if layer.groups == 1:
+        strange = layer.padding_mode != "zeros" or isinstance(layer.padding, str)
         return f"padding {layer.padding!r}, {layer.padding_mode}" if strange else None
     depthwise = layer.groups == layer.in_channels == layer.out_channels
     return None if depthwise and inner else f"a convolution of {layer.groups} groups"
@@ -549,6 +571,8 @@ def _check_declared(model: nn.Module, modules: dict[str, Any], declared: list[Si
 def _unfit(site: Site, modules: dict[str, Any]) -> str | None:
     """Why the layers of a site do not fit together, or None."""
     sizes: dict[str, tuple[int, int]] = {}
+    if site.kind == "channels":
+        return _unfit_chain(site, modules)
     if site.kind not in LINEAR:
         return None  # its method looks at it
     for role, fqn in site.roles.items():

@@ -27,7 +27,7 @@ from acmize.methods.lag import LagConfig, LogisticGate, temperature
 from acmize.ops import use_backend
 from acmize.phases.calibrate import calibrate, realised
 from acmize.phases.pretrain_gates import fit_damage_gates
-from acmize.plan import Plan
+from acmize.plan import Plan, Site
 from acmize.removal import remove_dead_
 
 CONFIG = LagConfig(num_learners=4, gate_hidden=2)
@@ -148,6 +148,45 @@ def test_what_cannot_be_cut_is_refused_by_name(make: Any, config: LagConfig, mes
         return
     with pytest.raises(AcmizeError, match=message):
         planned(dense, config)
+
+
+class Own(nn.Module):
+    """A chain in a module that no library knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+        self.a, self.norm, self.b = nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.Conv2d(12, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        return self.head((x + self.b(self.norm(self.a(x)))).mean((2, 3)))
+
+
+@torch.no_grad()
+def test_a_chain_of_ones_own() -> None:
+    dense, x = noisy(Own()), images(5)
+    model, plan = adapted(dense, sites=[Site.channels("own", ["a", "b"], [["norm"]])])
+    assert [e.fqn for e in plan.entries] == ["own"]
+    assert [r.fqn for r in plan.refused] == ["stem"]
+    with choosing(model, full_width):
+        torch.testing.assert_close(model(x), dense(x), rtol=0, atol=1e-4)
+    with choosing(model, fixed(1)):
+        assert (model(x) - dense(x)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("site", "message"),
+    [
+        (Site.channels("own", ["a"], []), "expected two or more"),
+        (Site.channels("own", ["a", "b"], [["nothing"]]), "'nothing' is not a module"),
+        (Site.channels("own", ["b", "stem"], [[]]), "'stem' takes 3 channels, but 'b' gives 8"),
+        (Site.channels("own", ["a", "norm"], [[]]), "is a BatchNorm2d, expected a plain convolution"),
+    ],
+)
+def test_wrong_chains_are_named(site: Site, message: str) -> None:
+    with pytest.raises(AcmizeError, match=message):
+        planned(noisy(Own()), sites=[site])
 
 
 def test_a_config_checks_itself() -> None:
