@@ -396,6 +396,11 @@ def test_options_name_the_method() -> None:
     assert resolve({"acm": {"num_learners": 3}}).method == "acm"
 
 
+def test_a_preset_belongs_to_its_method() -> None:
+    with pytest.raises(AcmizeError, match="preset paper: is one of method acm, found method cosine-gate"):
+        resolve({"method": "cosine-gate"}, preset_name="paper")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
