@@ -197,7 +197,7 @@ class SkippableBlock(AdaptiveModule):
         decision = self.decide(pooled)
         if decision.keep is not None or masked:
             return self.forward_reference(x, decision)
-        gathered = _gathered_uncompiled if torch.compiler.is_compiling() else _gathered
+        gathered: Any = _gathered_uncompiled if torch.compiler.is_compiling() else _gathered
         return gathered(self, x, decision.choice[:, 0] > 0)
 
     def forward_reference(self, x: Tensor, decision: Decision) -> Tensor:
