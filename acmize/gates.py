@@ -152,6 +152,7 @@ class DamageGate(Gate):
     """
 
     dial_range = (1e-7, 1e4)
+    act = staticmethod(F.gelu)
 
     def __init__(self, spec: GateSpec) -> None:
         super().__init__(spec)
@@ -170,7 +171,7 @@ class DamageGate(Gate):
     def hidden(self, x: Tensor, dial: Tensor | None = None) -> Tensor:
         """X (..., D) -> (..., hidden), with the dial as in `log_damage`."""
         level = self.level * (self.dial if dial is None else dial)
-        return F.gelu(F.linear(x, self.fc1.weight) + (self.fc1.bias + level))
+        return self.act(F.linear(x, self.fc1.weight) + (self.fc1.bias + level))
 
     def energies(self, x: Tensor) -> Tensor:
         """Damage plus price times cost; more learners never count as more damage."""

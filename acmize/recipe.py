@@ -183,11 +183,6 @@ class Recipe:
         """Config of the training loop for a phase of this recipe."""
         return FitConfig(epochs=epochs, lr=lr, seed=self.seed, mixed_precision=self.mixed_precision, **rest)
 
-    @property
-    def acm(self) -> Any:
-        """The config, by the name it had when ACM was the only method."""
-        return self.config
-
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return dataclasses.asdict(self)
@@ -228,6 +223,9 @@ def resolve(*layers: dict[str, Any], preset_name: str = "default") -> Recipe:
     merged: dict[str, Any] = {}
     given = [_one_config(layer) for layer in (preset(preset_name), *layers)]
     name = next((layer["method"] for layer in reversed(given) if "method" in layer), Recipe.method)
+    if given[0].get("method", name) != name:
+        found = f"preset {preset_name}: is one of method {given[0]['method']}, found method {name}"
+        raise AcmizeError(f"{found}; leave one of them out")
     for layer in ({**methods()[name][0].defaults} if name in methods() else {}, *given):
         _merge(merged, layer)
     if merged.pop("one_budget", False):
