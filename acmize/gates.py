@@ -135,6 +135,11 @@ class Gate(nn.Module):
             return Decision(choice, hard_keep(choice, self.num_learners).float().requires_grad_())
         return Decision(choice)
 
+    def narrow_(self, choice: int) -> None:
+        """Forget the learners beyond `choice` for good; subclasses narrow what predicts them."""
+        self.num_learners = choice
+        self.learner_macs, self.cost = self.learner_macs[:, :choice], self.cost[:, : choice + 1]
+
     def soft_scores(self, energy: Tensor) -> Tensor:
         """Energies in units of the temperature, for the soft distribution over choices."""
         return -energy / self.temperature
@@ -152,9 +157,6 @@ class Gate(nn.Module):
         return energy.argmin(-1) + self.min_choice
 
 
-_GELU = nn.GELU()
-
-
 class DamageGate(Gate):
     """Predicts log damage and weighs it against the price of MACs.
 
@@ -163,6 +165,7 @@ class DamageGate(Gate):
     """
 
     dial_range = (1e-7, 1e4)
+    act = staticmethod(F.gelu)
 
     def __init__(self, spec: GateSpec) -> None:
         super().__init__(spec)
@@ -182,8 +185,8 @@ class DamageGate(Gate):
         """X (..., D) -> (..., hidden), with the dial as in `log_damage`."""
         bias = self.fc1.bias + self.level * (self.dial if dial is None else dial)
         if dial is None and ops.pick_backend(x) == "sorted" and not torch.compiler.is_compiling():
-            return ops.gemm(x.flatten(0, -2), self.fc1.weight, bias, _GELU).unflatten(0, x.shape[:-1])
-        return F.gelu(F.linear(x, self.fc1.weight) + bias)
+            return ops.gemm(x.flatten(0, -2), self.fc1.weight, bias, self.act).unflatten(0, x.shape[:-1])
+        return self.act(F.linear(x, self.fc1.weight) + bias)
 
     def energies(self, x: Tensor) -> Tensor:
         """Damage plus price times cost; more learners never count as more damage."""
@@ -196,6 +199,11 @@ class DamageGate(Gate):
         """In units of the price of the whole site, so that one temperature suits every site and budget."""
         unit = (self.price * self.cost[:, -1:]).clamp_min(1e-20)  # a price of 0 would divide by it
         return -(energy / unit) / self.temperature
+
+    def narrow_(self, choice: int) -> None:
+        """Choices beyond `choice` are gone; running that many counts as no damage from now on."""
+        self.fc2 = leading_outputs(self.fc2, self.groups, choice)
+        super().narrow_(choice)
 
     def price_at(self, dial: float) -> float:
         """Logarithmic: damage spans many orders of magnitude."""
@@ -232,6 +240,15 @@ class ClassificationGate(Gate):
     def _straight_through(self, energy: Tensor) -> Decision:
         noise = -torch.empty_like(energy).exponential_().log()
         return super()._straight_through(energy - noise)
+
+
+def leading_outputs(layer: nn.Linear, groups: int, count: int) -> nn.Linear:
+    """A layer with the leading `count` outputs of each of its groups."""
+    cut = nn.Linear(layer.in_features, groups * count, device=layer.weight.device, dtype=layer.weight.dtype)
+    for name in ("weight", "bias"):
+        rows = getattr(layer, name).detach().unflatten(0, (groups, -1))[:, :count]
+        setattr(cut, name, nn.Parameter(rows.flatten(0, 1).clone()))
+    return cut
 
 
 # --- one price for the model ----------------------------------------------------------------------------------

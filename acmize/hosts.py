@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 
 from acmize.cost import Work, count_macs, measure_work, tokens_at
@@ -179,11 +180,149 @@ def _block(fqn: str, module: Any, ends: tuple[str, ...], rest: str | None, short
     return [Site.block(fqn, branch=f"{fqn}.{branch}", rest=None if rest is None else f"{fqn}.{rest}")]
 
 
+# --- chains of convolutions -----------------------------------------------------------------------------------
+
+
+@_handles("timm.models.resnet.BasicBlock", kinds=("channels",))
+def _basic_channels(fqn: str, module: Any) -> Found:
+    return _chain(fqn, module, ("conv1", "bn1", "drop_block", "act1", "aa", "conv2"))
+
+
+@_handles("timm.models.resnet.Bottleneck", kinds=("channels",))
+def _bottleneck_channels(fqn: str, module: Any) -> Found:
+    names = ("conv1", "bn1", "act1", "conv2", "bn2", "drop_block", "act2", "aa", "conv3")
+    return _chain(fqn, module, names)
+
+
+@_handles("timm.models._efficientnet_blocks.InvertedResidual", kinds=("channels",))
+def _inverted_channels(fqn: str, module: Any) -> Found:
+    names = ("conv_pw", "bn1", "conv_dw", "bn2", "aa", "se", "conv_pwl")
+    return _chain(fqn, module, names, residual=module.has_skip)
+
+
+@_handles("timm.models._efficientnet_blocks.EdgeResidual", kinds=("channels",))
+def _edge_channels(fqn: str, module: Any) -> Found:
+    return _chain(fqn, module, ("conv_exp", "bn1", "aa", "se", "conv_pwl"), residual=module.has_skip)
+
+
+@_handles("timm.layers.Mlp", "timm.layers.ConvMlp", kinds=("channels",))
+def _mlp_channels(fqn: str, module: Any) -> Found:
+    names = ("fc1", "norm", "act", "drop", "fc2") if hasattr(module, "drop") else ("fc1", "act", "drop1", "norm", "fc2")
+    return _chain(fqn, module, names)
+
+
+@_handles("timm.models.fasternet.MLPBlock", kinds=("channels",))
+def _fasternet_channels(fqn: str, module: Any) -> Found:
+    return _chain(f"{fqn}.mlp", module.mlp, ("0", "1", "2", "3"))
+
+
+@_handles("timm.models.vgg.VGG", "acmize.cifar_models.CifarVgg", kinds=("channels",))
+def _vgg_channels(fqn: str, module: Any) -> Found:
+    """One chain a stage; a stage of one convolution is joined to the next."""
+    chains: list[list[str]] = [[]]
+    for name, part in module.features.named_children():
+        chains[-1].append(name)
+        convs = sum(isinstance(getattr(module.features, n), nn.Conv2d) for n in chains[-1])
+        if isinstance(part, nn.MaxPool2d) and convs > 1:
+            chains.append([])
+    prefix = f"{fqn}.features" if fqn else "features"
+    found: Found = []
+    for names in chains:
+        convs = [i for i, n in enumerate(names) if isinstance(getattr(module.features, n), nn.Conv2d)]
+        if convs:
+            inner = names[: convs[-1] + 1]
+            found += _chain(prefix, module.features, inner, residual=False, name=f"{prefix}.{names[0]}")
+    return found
+
+
+def _chain(fqn: str, module: Any, names: Sequence[str], *, residual: bool = True, name: str | None = None) -> Found:
+    """A chain of the children of a module, in the order in which they are called; those it lacks are passed over.
+
+    Args:
+        fqn: of the module.
+        module: that has the children.
+        names: of the children.
+        residual: whether the output is added to something.
+        name: of the site, where it is not the module's.
+    """
+    layers: list[str] = []
+    between: list[list[str]] = [[]]
+    for child in names:
+        part: Any = getattr(module, child, None)
+        if _plain(part):
+            continue
+        if isinstance(part, _CUTTABLE):
+            layers.append(f"{fqn}.{child}")
+            between.append([])
+        else:
+            between[-1].append(f"{fqn}.{child}")
+    return [Site.channels(name or fqn, layers, between[1:-1], residual=residual)]
+
+
+_CUTTABLE = (nn.Conv2d, nn.Linear)
+
+
+def _unfit_chain(site: Site, modules: dict[str, Any]) -> str | None:
+    """Why the layers of a chain cannot run on leading slices of their channels, or None."""
+    paths, between = list(site.roles.values()), site.options["between"]
+    if len(paths) < 2 or len(between) != len(paths) - 1:
+        return f"{len(paths)} layers with {len(between)} groups between them: expected two or more, and one fewer"
+    for i, path in enumerate(paths):
+        layer = modules[path]
+        if type(layer) not in (nn.Conv2d, Conv2dSame, nn.Linear):
+            return f"{path!r} is a {type(layer).__name__}, expected a plain convolution or linear layer"
+        if reason := _uncut(layer, 0 < i < len(paths) - 1):
+            return f"{path.rpartition('.')[2]}: {reason}"
+        given = modules[paths[i - 1]].weight.shape[0]
+        taken = layer.weight.shape[1] * (1 if isinstance(layer, nn.Linear) else layer.groups)
+        if i and given != taken:
+            return f"{path!r} takes {taken} channels, but {paths[i - 1]!r} gives {given}"
+    for path in (p for group in between for p in group):
+        if path not in modules:
+            return f"{path!r} is not a module of this model"
+        if not _channel_wise(modules[path]):
+            name = path.rpartition(".")[2]
+            return f"a {type(modules[path]).__name__} ({name}) stands among its convolutions and reads every channel"
+    return None
+
+
+def _uncut(layer: Any, inner: bool) -> str | None:
+    """Why a layer cannot run on leading slices of its channels, or None; `inner` ones may be depthwise."""
+    if isinstance(layer, nn.Linear):
+        return None
+    if layer.groups == 1:
+        strange = layer.padding_mode != "zeros" or isinstance(layer.padding, str)
+        return f"padding {layer.padding!r}, {layer.padding_mode}" if strange else None
+    depthwise = layer.groups == layer.in_channels == layer.out_channels
+    return None if depthwise and inner else f"a convolution of {layer.groups} groups"
+
+
+def _channel_wise(part: nn.Module) -> bool:
+    """Whether a module acts on each channel by itself, so that it can run on some of them: tried out."""
+    if type(part) in (nn.BatchNorm2d, BatchNormAct2d):
+        return part.running_mean is not None
+    if any(True for _ in part.parameters()) or any(True for _ in part.buffers()):
+        return False
+    x, training = torch.linspace(-3, 3, 4 * 36).view(1, 4, 6, 6), part.training
+    try:
+        return torch.equal(part.eval()(x.clone())[:, :2], part(x[:, :2].clone()))
+    finally:
+        part.train(training)
+
+
+# --- partial convolutions -------------------------------------------------------------------------------------
+
+
+@_handles("timm.models.fasternet.Partial_conv3", kinds=("partial",))
+def _partial(fqn: str, module: Any) -> Found:
+    return [Site.partial(fqn, f"{fqn}.partial_conv3", module.dim_conv3 + module.dim_untouched)]
+
+
 # --- discovery ------------------------------------------------------------------------------------------------
 
 
 # Layers that a method for these kinds accounts for one by one: in a site, or refused by name.
-_COUNTED: dict[str, type[nn.Module]] = {"linear": nn.Linear}
+_COUNTED: dict[str, type[nn.Module]] = {"linear": nn.Linear, "channels": nn.Conv2d}
 
 
 def find_sites(model: nn.Module, kinds: Sequence[str] = LINEAR) -> Found:
@@ -199,7 +338,8 @@ def find_sites(model: nn.Module, kinds: Sequence[str] = LINEAR) -> Found:
         if handler is not None and not any(fqn.startswith(p + ".") for p in inside):
             found += handler(fqn, module)
             inside.add(fqn)
-    return found + _rest(model, inside, kinds)
+    taken = {path for item in found if isinstance(item, Site) for path in item.roles.values()}
+    return found + _rest(model, inside | taken, kinds)
 
 
 def _rest(model: nn.Module, inside: set[str], kinds: Sequence[str]) -> list[Refusal]:
@@ -431,6 +571,8 @@ def _check_declared(model: nn.Module, modules: dict[str, Any], declared: list[Si
 def _unfit(site: Site, modules: dict[str, Any]) -> str | None:
     """Why the layers of a site do not fit together, or None."""
     sizes: dict[str, tuple[int, int]] = {}
+    if site.kind == "channels":
+        return _unfit_chain(site, modules)
     if site.kind not in LINEAR:
         return None  # its method looks at it
     for role, fqn in site.roles.items():

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from acmize.adaptive import AcmMlp, AcmOut, AcmProjections
 from acmize.cost import evaluating
+from acmize.importance import covariance, order_units
 from acmize.layers import Contract, LowRank
 from acmize.ops import gemm
 from acmize.plan import Plan, PlanEntry
@@ -170,7 +171,7 @@ def _init_attention(
     shift_k = slots["k"].bias is not None
     shift_v = slots["v"].bias is not None and slots["out"].bias is not None
     for h in range(heads):
-        cov, mean = zip(*(_covariance(s[h]) for s in stats), strict=True)
+        cov, mean = zip(*(covariance(s[h]) for s in stats), strict=True)
         if e.options.get("rotate_qk", True):
             raw_q = stats[0][h][:-1, :-1] / stats[0][h][-1, -1]  # queries are not centred
             tq, tk = rotate_qk(raw_q, cov[1])
@@ -208,7 +209,7 @@ def _init_lowrank(acm: Any, dense: Any, e: PlanEntry, moments: Tensor) -> None:
                 full, full_bias = _linear(dense)
                 _copy(getattr(acm, key), full.chunk(3)[other], full_bias.chunk(3)[other])
     lowrank: LowRank = getattr(acm, e.kind)
-    cov, mean = _covariance(moments)
+    cov, mean = covariance(moments)
     half, inverse = roots(cov)
     u, s, vt = torch.linalg.svd(weight @ half, full_matrices=False)
     rank = e.bounds[-1]
@@ -219,38 +220,6 @@ def _init_lowrank(acm: Any, dense: Any, e: PlanEntry, moments: Tensor) -> None:
 
 
 # --- linear algebra, float64 ----------------------------------------------------------------------------------
-
-
-def order_units(moments: Tensor, w2: Tensor) -> Tensor:
-    """Hidden units, greedily by the output variance they explain: pivoted Cholesky on their covariance.
-
-    Args:
-        moments: (U + 1, U + 1) augmented second moments.
-        w2: (O, U) weights that read the units.
-
-    Returns:
-        (U,) order. Wide layers take several units a step (at most 1/256 of them), which costs no accuracy that was seen
-        and makes the work one of matrix products.
-    """
-    r, _ = _covariance(moments)
-    units, variance = len(r), r.diagonal().clone()
-    step = max(1, units // 256)
-    floor = variance.max().clamp_min(1e-30) * 1e-9
-    g, free, order = w2 @ r, torch.ones(units, dtype=torch.bool, device=r.device), []
-    rows = r.new_empty(units, units)  # of the Cholesky factor: what is left of r is r - rows^T rows, never formed
-    while (done := len(order)) < units:
-        gain = g.square().sum(0) / variance.clamp_min(floor)
-        gain[~free] = -1.0
-        best = gain.topk(min(step, units - done)).indices
-        left = torch.addmm(r[best], rows[:done, best].T, rows[:done], alpha=-1)
-        w, v = torch.linalg.eigh(left[:, best])  # rounding may have made it indefinite
-        root = v / w.clamp_min(floor).sqrt()
-        new = rows[done : done + len(best)] = root.T @ left
-        g.addmm_(g[:, best] @ root, new, alpha=-1)
-        variance -= new.square().sum(0)
-        free[best] = False
-        order += best.tolist()
-    return torch.tensor(order)
 
 
 def rotate_qk(cq: Tensor, ck: Tensor) -> tuple[Tensor, Tensor]:
@@ -273,12 +242,6 @@ def roots(c: Tensor) -> tuple[Tensor, Tensor]:
     w, v = torch.linalg.eigh(c)
     w = w.clamp_min(w[-1].clamp_min(1e-30) * 1e-7)
     return (v * w.sqrt()) @ v.T, (v / w.sqrt()) @ v.T
-
-
-def _covariance(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """(U, U) covariance and (U,) mean from augmented moments."""
-    mean = moments[:-1, -1] / moments[-1, -1]
-    return moments[:-1, :-1] / moments[-1, -1] - mean[:, None] * mean, mean
 
 
 def _linear(layer: Any) -> tuple[Tensor, Tensor]:

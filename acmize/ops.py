@@ -21,9 +21,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -375,6 +375,20 @@ def gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: Act | None 
     return y if act is None or post else act(y)
 
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def eager(function: _F) -> _F:
+    """Keep a function out of compiled graphs: what it runs depends on counts that change with every input."""
+    uncompiled = torch.compiler.disable(function)
+
+    @wraps(function)
+    def call(*args: Any) -> Any:  # the guard costs microseconds, so it stands where it is needed alone
+        return (uncompiled if torch.compiler.is_compiling() else function)(*args)
+
+    return call  # pyright: ignore[reportReturnType]
+
+
 # --- seen by torch.compile ------------------------------------------------------------------------------------
 
 _ACTS: dict[str, nn.Module] = {
@@ -392,8 +406,9 @@ def act_name(act: Act) -> str | None:
     """The name under which an operator knows an activation; None for one it does not know."""
     if type(act) is nn.GELU:
         return "gelu" if act.approximate == "none" else "gelu_tanh"
-    known = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Identity: "identity"}
-    return known.get(type(act))  # pyright: ignore[reportArgumentType]
+    modules: dict[Any, str] = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Identity: "identity"}
+    functions: dict[Any, str] = {F.gelu: "gelu", F.silu: "silu", F.relu: "relu", torch.sigmoid: "sigmoid"}
+    return modules.get(type(act)) or functions.get(act)
 
 
 @torch.library.custom_op("acmize::expand", mutates_args=())

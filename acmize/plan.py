@@ -7,6 +7,7 @@ that a saved model can be rebuilt without data, network or base weights.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
@@ -23,11 +24,13 @@ class Site:
 
     Attributes:
         fqn: its dotted path, the name used in plans.
-        kind: "mlp", "attention" or "linear"; of CNNs "block" (a residual block).
+        kind: "mlp", "attention" or "linear"; of CNNs "block" (a residual block), "channels" (a chain of layers) or
+            "partial" (a partial convolution).
         roles: role -> dotted path: an MLP has fc1, fc2 and, where it is one module with a known activation, module
             and act; attention has qkv (fused) or q, k, v, and out; a block has module, the module whose output is
             added to the shortcut (branch), and, where the shortcut passes through one, that module (rest).
-        options: heads, rotate_qk, rotate_vo (attention); gated, channels_first, drop1, drop2 (mlp).
+        options: heads, rotate_qk, rotate_vo (attention); gated, channels_first, drop1, drop2 (mlp); between, residual
+            (channels); channels (partial).
     """
 
     fqn: str
@@ -69,6 +72,31 @@ class Site:
         """
         named = {"module": fqn, "branch": branch, "rest": rest}
         return cls(fqn=fqn, kind="block", roles={role: path for role, path in named.items() if path is not None})
+
+    @classmethod
+    def channels(
+        cls, fqn: str, layers: Sequence[str], between: Sequence[Sequence[str]], *, residual: bool = True
+    ) -> Site:
+        """A chain of convolutions (or linear layers), called one after the other with nothing else between them.
+
+        Args:
+            fqn: its name.
+            layers: paths of two or more, in order.
+            between: paths of the norms, activations and poolings behind each of them but the last.
+            residual: whether the output is added to something, so that no inner channel at all need run.
+        """
+        roles = {f"layer{i}": path for i, path in enumerate(layers)}
+        return cls(
+            fqn=fqn,
+            kind="channels",
+            roles=roles,
+            options={"between": [list(b) for b in between], "residual": residual},
+        )
+
+    @classmethod
+    def partial(cls, fqn: str, conv: str, channels: int) -> Site:
+        """A partial convolution: `conv` on the leading channels of `channels`, the identity on the rest."""
+        return cls(fqn=fqn, kind="partial", roles={"module": fqn, "conv": conv}, options={"channels": channels})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -186,11 +186,6 @@ class Recipe:
         """Config of the training loop for a phase of this recipe."""
         return FitConfig(epochs=epochs, lr=lr, seed=self.seed, mixed_precision=self.mixed_precision, **rest)
 
-    @property
-    def acm(self) -> Any:
-        """The config, by the name it had when ACM was the only method."""
-        return self.config
-
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return dataclasses.asdict(self)
@@ -231,6 +226,9 @@ def resolve(*layers: dict[str, Any], preset_name: str = "default") -> Recipe:
     merged: dict[str, Any] = {}
     given = [_one_config(layer) for layer in (preset(preset_name), *layers)]
     name = next((layer["method"] for layer in reversed(given) if "method" in layer), Recipe.method)
+    if given[0].get("method", name) != name:
+        found = f"preset {preset_name}: is one of method {given[0]['method']}, found method {name}"
+        raise AcmizeError(f"{found}; leave one of them out")
     for layer in ({**methods()[name][0].defaults} if name in methods() else {}, *given):
         _merge(merged, layer)
     if merged.pop("one_budget", False):
@@ -251,13 +249,13 @@ def _match(gates: dict[str, Any], config: dict[str, Any], name: str) -> None:
     if name not in methods():
         return  # refused by name a moment later
     method, cls = methods()[name]
+    usual = next(f.default for f in dataclasses.fields(cls) if f.name == "gate")
     if "labels" in gates and "gate" not in config:
-        usual = next(f.default for f in dataclasses.fields(cls) if f.name == "gate")
         fit = [gate for gate, labels in method.gates.items() if gates["labels"] in labels]
         if fit:
             config["gate"] = usual if usual in fit else fit[0]
-    elif "gate" in config and "labels" not in gates and config["gate"] in method.gates:
-        gates["labels"] = method.gates[config["gate"]][0]
+    elif "labels" not in gates and config.get("gate", usual) in method.gates:
+        gates["labels"] = method.gates[config.get("gate", usual)][0]
 
 
 def _one_config(d: dict[str, Any]) -> dict[str, Any]:

@@ -52,6 +52,13 @@ class Method:
     ) -> None:
         """Weights of the built modules from those of the dense model; nothing where they are carried along."""
 
+    def narrow(self, module: Any, entry: Any, choice: int) -> Any | None:
+        """Remove the learners beyond `choice` from a built module for good, and return its new entry.
+
+        None, with nothing changed, where this method removes none.
+        """
+        return None
+
 
 class Refused(Exception):
     """A site that a method cannot convert soundly; the message is the reason shown in the plan."""

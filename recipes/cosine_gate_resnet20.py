@@ -109,7 +109,7 @@ def main() -> None:
     """Train what is missing, print the table."""
     parser = common.parser(__doc__ or "", __file__, (0.71, 0.6))
     parser.add_argument("--data", help="folder of CIFAR-10 (default: that of ACMIZE_ASSETS, 10,000 training images)")
-    parser.add_argument("--epochs", type=int, default=4, help="of phase 3 and of the trained static control")
+    parser.add_argument("--epochs", type=int, default=2, help="of phase 3 and of the trained static control")
     parser.add_argument("--lr", type=float, default=5e-4, help="of phase 3")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     args = parser.parse_args()
@@ -119,7 +119,7 @@ def main() -> None:
     more: dict[str, Any] = {"method": "cosine-gate", "budget": budgets[0], "budgets": budgets, "holdout": 0.1}
     more |= {"train": train, "losses": {"budgets": (0.55, 0.95)}}
     if not args.smoke:
-        more |= {"batch_size": 128, "gates": {"images": 4000, "steps": 800, "budgets": (0.5, 0.95)}}
+        more |= {"batch_size": 128, "gates": {"images": 2000, "budgets": (0.5, 0.95)}}
     data = common.photographs(True) if args.smoke else args.data or str(common.assets() / "data" / "cifar10")
     dense = pretrained(args)
 

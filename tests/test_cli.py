@@ -124,7 +124,7 @@ def test_convert_then_eval(run: Any, data: Path, tmp_path: Path) -> None:
     assert all(r.keys() >= {"budget", "macs_ratio", "accuracy"} for r in results["results"])
     assert results["samples"] == 20
     stored = json.loads((out / "recipe.json").read_text())
-    assert (stored["seed"], stored["limit"], stored["acm"]["num_learners"]) == (3, 30, 3)
+    assert (stored["seed"], stored["limit"], stored["config"]["num_learners"]) == (3, 30, 3)
     assert stored["data"] == str(data)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.yaml", "out"], "the work folder is removed"
 

@@ -10,7 +10,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from short import OPTIONS
+from safetensors.torch import save_file
+from short import OPTIONS, image_folder
 from timm.models.convnext import ConvNeXt
 from timm.models.regnet import RegNet, RegNetCfg
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -371,6 +372,23 @@ def test_verify_finds_all_paths_alike(converted: Any) -> None:
     assert {"sorted", "sorted, alone", "dense", "saved and loaded"} <= {c["check"] for c in found["checks"]}
 
 
+def test_the_command_line(run_command: Any, tmp_path: Any) -> None:
+    weights, config, data = tmp_path / "w.safetensors", tmp_path / "c.yaml", image_folder(tmp_path / "digits")
+    save_file(lively(timm.create_model("acmize_resnet20_cifar")).state_dict(), weights)
+    config.write_text("gates: {rounds: 1, images: 16, draws: 1, steps: 20}\nholdout: 0.3\n")
+    words = ["--weights", weights, "--method", "cosine-gate", "--set", "gate_hidden=4", "--set", "gate=plain"]
+    words += ["--data", data, "--phases", "none", "--budget", 0.8, "--config", config, "-o", tmp_path / "out", "--json"]
+    status, told = run_command("convert", "acmize_resnet20_cifar", *words)
+    assert status in (0, 1), told.err  # 1: so few images that a budget is missed
+    assert json.loads(told.out)["dense"]["macs"] == 40_551_040
+    made = from_pretrained(tmp_path / "out")
+    assert made.plan.config == CosineGateConfig(gate="plain", gate_hidden=4)
+    status, told = run_command("plan", "acmize_resnet20_cifar", "--method", "cosine-gate")
+    assert (status, "7 blocks" in told.out) == (0, True)
+    status, told = run_command("plan", "acmize_resnet20_cifar", "--method", "cosine-gate", "--set", "mode")
+    assert (status, "expected NAME=VALUE" in told.err) == (2, True)
+
+
 def test_static_control_skips_whole_blocks(converted: Any) -> None:
     made = converted[1]
     choose = static_width(made, made.plan, 0.8)
@@ -394,6 +412,11 @@ def test_options_name_the_method() -> None:
     assert resolve({"method": "cosine-gate", "config": {"gate": "plain"}}).config.gate == "plain"
     assert acmize.Recipe.from_dict(made.to_dict()) == made
     assert resolve({"acm": {"num_learners": 3}}).method == "acm"
+
+
+def test_a_preset_belongs_to_its_method() -> None:
+    with pytest.raises(AcmizeError, match="preset paper: is one of method acm, found method cosine-gate"):
+        resolve({"method": "cosine-gate"}, preset_name="paper")
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,7 @@ def test_autocast_takes_the_masked_backend() -> None:
 def test_an_activation_inside_the_product_is_the_same(act: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = torch.randn(7, D), torch.randn(OUT, D), torch.randn(OUT)
     after = None if act is None else ops._ACTS[act]
+    assert act is None or ops.act_name(ops._ACTS[act]) == act
     expected = F.linear(x, weight, bias)
     for least in (0, 1 << 60):
         monkeypatch.setattr(ops, "ONEDNN_MACS", least)
@@ -233,6 +234,12 @@ def test_cutting_zeroes_what_is_not_run_and_nothing_else(kind: str, few: int, mo
         ops.cut_(h, order, bounds, first)
         expected = (torch.arange(first, last) < width[:, None]).float()[:, None].expand_as(h)
         assert torch.equal(h, expected)
+
+
+def test_functions_have_names_too() -> None:
+    assert [ops.act_name(f) for f in (F.gelu, F.relu, F.silu, torch.sigmoid, F.mish)] == [
+        "gelu", "relu", "silu", "sigmoid", None,
+    ]  # fmt: skip
 
 
 def test_all_groups_are_sorted_at_once() -> None:
