@@ -1,11 +1,10 @@
 """acmize turns a pretrained model into one that spends compute only where the input needs it."""
 
+import acmize.cifar_models  # noqa: F401 - registers models with timm
 from acmize.__about__ import __version__
 from acmize.errors import AcmizeError
-from acmize.methods import acm as _acm
+from acmize.methods.acm import AcmConfig
 from acmize.plan import Plan, PlanEntry, Site
-
-AcmConfig = _acm.AcmConfig
 
 _LAZY = {
     "Recipe": "acmize.recipe",

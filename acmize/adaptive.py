@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from acmize import ops
 from acmize.gates import AdaptiveModule, Decision, Gate
-from acmize.layers import Contract, Expand, GateLink
+from acmize.layers import Contract, Expand, GateLink, LowRank
 
 
 class AcmMlp(AdaptiveModule):
@@ -59,7 +59,8 @@ class AcmMlp(AdaptiveModule):
         if opaque or decision.keep is not None or ops.pick_backend(x) == "masked":
             return self.forward_reference(x, decision)
         ups = [(u.weight, u.bias) for u in (self.fc1_gate, self.fc1) if u is not None]
-        return ops.mlp(x, ups, self.act, self.fc2.weight, self.fc2.table(), decision.choice[..., 0], self.fc2.bounds)
+        own, down, table = decision.group(0), self.fc2.weight, self.fc2.table()
+        return ops.mlp(x, ups, self.act, down, table, own.choice, self.fc2.bounds, own.order)
 
     def _join(self, first: Tensor, value: Tensor | None = None) -> Tensor:
         return self.act(first) if value is None else self.act(first) * value
@@ -104,7 +105,21 @@ class AcmProjections(AdaptiveModule):
         decision = self.decide(x)
         if self.link is not None:
             self.link.publish(decision)
+        plain = decision.keep is None and len(self.parts) > 1 and not torch.compiler.is_compiling()
+        if plain and ops.pick_backend(x) == "sorted":
+            return self._written(x, decision)
         return self._join([p(x) if d is None else p(x, d) for p, d in self._pairs(decision)])
+
+    def _written(self, x: Tensor, decision: Decision) -> Tensor:
+        """`forward` by the sorted backend, each part straight into its share of the fused output."""
+        widths = [getattr(self, key).out_features for key in self.parts]
+        y = x.new_empty(*x.shape[:-1], sum(widths))
+        for (part, own), share in zip(self._pairs(decision), y.split(widths, -1), strict=True):
+            if own is not None and type(part) is Expand:
+                part.write(x, own, share)
+            else:
+                share.copy_(part(x) if own is None else part(x, own))
+        return y
 
     def forward_reference(self, x: Tensor, decision: Decision) -> Tensor:
         """All the work, then masks."""
@@ -116,13 +131,13 @@ class AcmProjections(AdaptiveModule):
 
     def split_output(self, y: Tensor) -> list[Tensor]:
         """Output (M, sum of O) -> (M, O) of each adaptive part."""
-        flags = [type(getattr(self, key)) is not nn.Linear for key in self.parts]
+        flags = [isinstance(getattr(self, key), Expand | LowRank) for key in self.parts]
         return [part for part, adaptive in zip(y.chunk(len(flags), -1), flags, strict=True) if adaptive]
 
     def _pairs(self, decision: Decision) -> Iterator[tuple[Any, Decision | None]]:
         g = 0
         for part in (getattr(self, key) for key in self.parts):
-            adaptive = type(part) is not nn.Linear
+            adaptive = isinstance(part, Expand | LowRank)
             yield part, decision.group(g) if adaptive else None
             g += adaptive
 

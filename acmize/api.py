@@ -46,6 +46,7 @@ from acmize.phases.interpolate import interpolate_
 from acmize.phases.pretrain_gates import collect_errors, fit_classification_gates, fit_damage_gates
 from acmize.plan import Plan, Refusal
 from acmize.recipe import Recipe, resolve
+from acmize.site_times import site_times
 from acmize.speech import Listener, Speech, Spoken
 
 log = logging.getLogger("acmize")
@@ -74,7 +75,8 @@ def convert(
         data: anything `datasets.load_dataset` opens: a folder of images, a Hub data set, a `DatasetDict`. Labels are
             optional.
         budget: share of the dense MACs the model is left at; `model.set_budget` changes it later.
-        recipe: every option; or give some of them as keywords (`phases=()`, `seed=1`, `acm={"num_learners": 4}`).
+        recipe: every option; or give some of them as keywords (`phases=()`, `seed=1`, `acm={"num_learners": 4}`,
+            `method="cosine-gate"`).
         base: how to build the dense model again, from `base_of(model, kwargs)`.
         plan: from `make_plan`, for sites of a module of one's own.
         work: folder for checkpoints; kept on failure, removed on success.
@@ -96,7 +98,7 @@ def convert(
         recipe = Recipe(**{**{f: getattr(recipe, f) for f in recipe.__dataclass_fields__}, "budget": budget})
     if plan is None:
         plan = make_plan(
-            model, recipe.acm, target_modules=recipe.target_modules, exclude=recipe.exclude, merge=recipe.merge
+            model, recipe.config, target_modules=recipe.target_modules, exclude=recipe.exclude, merge=recipe.merge
         )
     plan.check_budget(recipe.budget)
     samples = Speech(data, model, recipe) if is_speech(model) else Images(data, model, recipe)
@@ -126,6 +128,7 @@ class _Conversion:
         self.images: Any = images  # of either kind: what differs is inside
         self.model = convert_(copy.deepcopy(dense), plan).eval()
         self.work = None if work is None else Path(work)
+        self.left_dense: dict[str, str] = {}  # entry -> why, beyond the plan that was made first
         self.findings: list[Finding] = []
         self.seconds: dict[str, float] = {}
         self.measured: dict[str, Any] = {}  # by stages, beside the weights
@@ -168,6 +171,8 @@ class _Conversion:
     def run(self, base: dict[str, Any] | None) -> Any:
         """All stages; see the module's docstring."""
         phases = self.recipe.phases
+        if self.recipe.fit_batch is not None:
+            self._fit_device(self.recipe.fit_batch)
         self._stage("init", self._init)
         if "distill" in phases:
             self._stage("distill", self._distill)
@@ -185,6 +190,30 @@ class _Conversion:
         )
         made.set_budget(self.recipe.budget)
         return made.eval()
+
+    def _fit_device(self, size: int) -> None:
+        """Leave sites dense whose learners do not pay on this device; a resumed conversion keeps the plan it had."""
+        kept = None if self.work is None else self.work / "device.json"
+        if kept is not None and kept.exists():
+            names = read_json(kept)["names"]
+        else:
+            inputs = next(self.images.batches(self.images.fit, size, size=size))
+            times = site_times(self.dense, self.plan, inputs, self.recipe.seed)
+            for t in times:
+                told = f"{t.dense_ms:.2f} ms dense, {t.adaptive_ms:.2f} ms at half of the learners"
+                log.info(
+                    "%d entries like %s: %s; %s", len(t.names), t.names[0], told, "kept" if t.pays else "left dense"
+                )
+            names = [name for t in times if not t.pays for name in t.names]
+            if len(names) == len(self.plan.entries):
+                raise AcmizeError(
+                    f"fit_batch: no site pays on this device in batches of {size}; try a larger batch, or leave it out"
+                )
+            if kept is not None:
+                write_json(kept, {"names": names})
+        if names:
+            self._replan(names, f"does not pay on this device in batches of {size}")
+            self.plan.check_budget(self.recipe.budget)
 
     def _stage(self, name: str, run: Callable[[], None]) -> None:
         """Run a stage, or load what it left behind."""
@@ -217,17 +246,20 @@ class _Conversion:
         return {"checkpoint": self.work, "resume": self.work is not None}
 
     def _init(self) -> None:
-        if self.recipe.acm.init == "random":
+        if not self.plan.exact:
             return
         batches = self.images.batches(self.images.fit, self.recipe.moments)
         init_(self.model, self.dense, self.plan, collect_moments(self.dense, self.plan, batches))
 
     def _source(self) -> nn.Module:
         """What local inputs and targets come from: the dense model, or its equal in the rotated basis."""
-        return self.dense if self.recipe.acm.init == "random" else copy.deepcopy(self.model)
+        return copy.deepcopy(self.model) if self.plan.exact else self.dense
 
     def _distill(self) -> None:
         options = self.recipe.distill
+        if not distillable(self.model):
+            log.info("distill: nothing to learn locally: every module of this method keeps the dense weights")
+            return
         batches, steps = self.images.epochs(self.images.augmented, self.recipe.seed)
         history = distill(
             self.model, self._source(), batches, steps_per_epoch=steps, tokens=options.tokens,
@@ -252,19 +284,22 @@ class _Conversion:
             write_json(self.work / "dense.json", {"names": names, "reason": reason})
 
     def _replan(self, names: list[str], reason: str) -> None:
-        """Leave entries dense: a new plan, and a new conversion of the dense model."""
-        recipe = self.recipe
+        """Leave more entries dense: a new plan, and a new conversion of the dense model."""
+        self.left_dense |= dict.fromkeys(names, reason)
+        recipe, left = self.recipe, self.left_dense
         plan = make_plan(
-            self.dense, recipe.acm, target_modules=recipe.target_modules, exclude=(*recipe.exclude, *names),
+            self.dense, recipe.config, target_modules=recipe.target_modules, exclude=(*recipe.exclude, *left),
             merge=recipe.merge,
         )  # fmt: skip
-        kept = [r for r in plan.refused if r.fqn not in names]
-        self.plan = replace(plan, refused=(*kept, *(Refusal(fqn=name, reason=reason) for name in names)))
+        kept = [r for r in plan.refused if r.fqn not in left]
+        self.plan = replace(plan, refused=(*kept, *(Refusal(fqn=name, reason=why) for name, why in left.items())))
         self.model = convert_(copy.deepcopy(self.dense), self.plan).eval()
 
     def _gates(self) -> None:
         options, seed = self.recipe.gates, self.recipe.seed
         generator = torch.Generator().manual_seed(seed)
+        if options.labels == "none":
+            return
         if options.labels == "threshold":
             batches = self.images.batches(self.images.fit, options.images)
             data = collect_errors(self.model, self._source(), batches, generator=generator)
@@ -279,7 +314,7 @@ class _Conversion:
             batches = self._at_drawn_budgets(self.images.batches(self.images.fit, options.images, size=20), calibration)
             data = collect_damage(
                 self.model, self.dense, batches, choose=None if number else full_width, generator=generator,
-                draws=options.draws, keep_tokens=options.keep_tokens,
+                draws=options.draws, keep_tokens=options.keep_tokens, bf16=self.recipe.mixed_precision == "bf16",
             )  # fmt: skip
             fit_damage_gates(
                 data, steps=options.steps, lr=options.lr or 3e-3, seed=seed + number, fresh=number == 0,
@@ -311,11 +346,12 @@ class _Conversion:
             epochs=train.epochs, lr=train.lr, weight_decay=train.weight_decay, warmup=train.warmup,
             ema_decay=train.ema_decay, accumulate=train.accumulate,
         )  # fmt: skip
+        gates = {"lr": train.gate_lr, "weight_decay": train.gate_decay}
         assert self.calibration is not None
         before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         finetune(
             self.model, self.dense, self.plan, self.calibration, batches, steps_per_epoch=steps, losses=losses,
-            config=loop, mix=mix, **self._checkpoint(),
+            config=loop, mix=mix, gates={k: v for k, v in gates.items() if v is not None}, **self._checkpoint(),
         )  # fmt: skip
         if train.interpolate:
             scores = interpolate_(self.model, before, self._held_out_error())
@@ -334,7 +370,10 @@ class _Conversion:
         return error
 
     def _calibrate(self, budgets: Iterable[float], tolerance: float = 0.0025) -> Calibration:
-        batches = list(self.images.batches(self.images.held, 64 if tolerance > 0.01 else 200))
+        count = 64 if tolerance > 0.01 else 200
+        if all(e.tokens == 1 for e in self.plan.entries):  # a decision a sample: its mean needs more of them
+            count *= 10
+        batches = list(self.images.batches(self.images.held, count))
         floor = self.plan.budget_range[0]
         reachable = [b for b in budgets if b >= floor] or [floor + 0.01]
         return calibrate(self.model, self.plan, batches, reachable, tolerance=tolerance)

@@ -32,6 +32,7 @@ from acmize.data import ImageSet, open_images
 from acmize.errors import AcmizeError
 from acmize.gates import gates_of
 from acmize.hub import build_base
+from acmize.layers import fast_products_
 from acmize.models import load_model
 from acmize.phases.calibrate import realised
 from acmize.quickstart_model import digits
@@ -404,20 +405,11 @@ def _bench_batch(
     return rows
 
 
-class _Linear(nn.Linear):
-    """`nn.Linear` by `ops.gemm`."""
-
-    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ops.gemm(x.flatten(0, -2), self.weight, self.bias).unflatten(0, x.shape[:-1])
-
-
 def same_products(dense: nn.Module) -> nn.Module:
     """A copy that shares the parameters and multiplies matrices as the adaptive model does."""
     shared = {id(t): t for t in (*dense.parameters(), *dense.buffers())}
     made = copy.deepcopy(dense, shared)
-    for module in made.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = _Linear
+    fast_products_(made)
     return made
 
 

@@ -17,9 +17,11 @@ from rich.table import Table
 
 from acmize.__about__ import __version__
 from acmize.errors import AcmizeError
+from acmize.registry import methods
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Adaptive computation for pretrained models.")
 out, err = Console(), Console(stderr=True)
+PROJECTIONS = ("q", "k", "v", "out", "linear")
 
 Model = Annotated[str, typer.Argument(help="timm model, or a folder or USER/NAME of a transformers speech model")]
 Weights = Annotated[Path | None, typer.Option(help="safetensors file with the weights, in place of the Hub")]
@@ -28,6 +30,8 @@ Targets = Annotated[list[str] | None, typer.Option("--target-modules", help="glo
 Exclude = Annotated[list[str] | None, typer.Option(help="globs of sites that stay dense")]
 Learners = Annotated[int | None, typer.Option(help="learners a site")]
 Width = Annotated[int | None, typer.Option("--learner-dim", help="hidden units of an MLP's learner")]
+MethodName = Annotated[str | None, typer.Option("--method", help=", ".join(methods()))]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="an option of the method's config: NAME=VALUE")]
 Preset = Annotated[str, typer.Option(help="default, or paper (arXiv 2312.10193)")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
 DenseWeights = Annotated[Path | None, typer.Option("--weights", help="safetensors file of the dense model")]
@@ -75,6 +79,8 @@ def plan(
     budget: Annotated[float | None, typer.Option(help="check that this budget can be reached")] = None,
     target_modules: Targets = None,
     exclude: Exclude = None,
+    method: MethodName = None,
+    settings: Settings = None,
     num_learners: Learners = None,
     learner_dim: Width = None,
     preset: Preset = "default",
@@ -86,10 +92,10 @@ def plan(
     from acmize.models import architecture, load_model
 
     flags = _given(target_modules=_tuple(target_modules), exclude=_tuple(exclude))
-    recipe = _recipe(preset, config, {**_acm(num_learners, learner_dim), **flags})
+    recipe = _recipe(preset, config, {**_method(method, settings, num_learners, learner_dim), **flags})
     dense = load_model(model, weights) if weights is not None else architecture(model)
     made = make_plan(
-        dense, recipe.acm, target_modules=recipe.target_modules, exclude=recipe.exclude, merge=recipe.merge
+        dense, recipe.config, target_modules=recipe.target_modules, exclude=recipe.exclude, merge=recipe.merge
     )
     if budget is not None:
         made.check_budget(budget)
@@ -124,11 +130,11 @@ def print_plan(name: str, made: Any) -> None:
         out.print(f"small: the gate costs a quarter of the site or more, so it hardly pays at {names}", highlight=False)
     kinds: dict[str, int] = {}
     for e in made.entries:
-        kinds[e.kind] = kinds.get(e.kind, 0) + 1
+        name = "MLPs" if e.kind == "mlp" else "projections" if e.kind in PROJECTIONS else f"{e.kind}s"
+        kinds[name] = kinds.get(name, 0) + 1
     gates = sum(e.gate_macs * e.tokens for e in made.entries)
     low, high = made.budget_range
-    mlps, rest = kinds.pop("mlp", 0), sum(kinds.values())
-    out.print(f"{mlps} MLPs, {rest} projections")
+    out.print(", ".join(f"{count} {name}" for name, count in sorted(kinds.items())), highlight=False)
     part = made.scope or "whole model"
     out.print(f"{part} {made.macs_dense / 1e9:.3f} GMACs ({2 * made.macs_dense / 1e9:.3f} GFLOPs)")
     out.print(f"gates {gates / 1e6:.1f} MMACs ({100 * gates / made.macs_dense:.1f} %); budgets {low:.3f} to {high:.3f}")
@@ -150,12 +156,15 @@ def convert(
     config: Config = None,
     target_modules: Targets = None,
     exclude: Exclude = None,
+    method: MethodName = None,
+    settings: Settings = None,
     num_learners: Learners = None,
     learner_dim: Width = None,
     gate_labels: Annotated[str | None, typer.Option(help="damage, or threshold (published)")] = None,
     merge: Annotated[str | None, typer.Option(help="merge tokens: auto, none, or pairs before each block")] = None,
     epochs: Annotated[int | None, typer.Option(help="epochs of finetune")] = None,
     limit: Annotated[int | None, typer.Option(help="samples a split at most")] = None,
+    fit_batch: Annotated[int | None, typer.Option(help="leave dense what does not pay here in such batches")] = None,
     batch_size: Annotated[int | None, typer.Option(help="of every phase")] = None,
     seed: Annotated[int | None, typer.Option(help="of everything drawn")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from an unfinished conversion")] = False,
@@ -169,9 +178,10 @@ def convert(
 
     share, target_ms = (None, None) if budget is None else parse_budget(budget)
     flags: dict[str, Any] = {
-        **_acm(num_learners, learner_dim),
+        **_method(method, settings, num_learners, learner_dim),
         **_given(budget=share, limit=limit, batch_size=batch_size, seed=seed, merge=_merge(merge), data=data),
         **_given(target_modules=_tuple(target_modules), exclude=_tuple(exclude), phases=_phases(phases)),
+        **_given(fit_batch=fit_batch),
     }
     if gate_labels is not None:
         flags["gates"] = {"labels": gate_labels}
@@ -436,9 +446,19 @@ def _recipe(preset: str, config: Path | None, flags: dict[str, Any]) -> Any:
     return resolve(*layers, flags, preset_name=preset)
 
 
-def _acm(num_learners: int | None, learner_dim: int | None) -> dict[str, Any]:
-    given = _given(num_learners=num_learners, learner_dim=learner_dim)
-    return {"acm": given} if given else {}
+def _method(
+    name: str | None, settings: list[str] | None, num_learners: int | None, learner_dim: int | None
+) -> dict[str, Any]:
+    """The method and what is said of its config."""
+    import yaml
+
+    config: dict[str, Any] = _given(num_learners=num_learners, learner_dim=learner_dim)
+    for setting in settings or ():
+        key, equals, value = setting.partition("=")
+        if not (key and equals):
+            raise AcmizeError(f"--set {setting}: expected NAME=VALUE, such as --set mode=oracle")
+        config[key.replace("-", "_")] = yaml.safe_load(value)
+    return _given(method=name, config=config or None)
 
 
 def _given(**options: Any) -> dict[str, Any]:

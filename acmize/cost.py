@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,7 +39,49 @@ def count_macs(model: nn.Module, *inputs: Any) -> int:
     Returns:
         Multiply-adds of the whole forward.
     """
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops})
+    return _counted(model, inputs).get_total_flops() // 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one sample costs at every module of a model, in one forward.
+
+    Attributes:
+        macs: path -> MACs, 0 where there is nothing to count.
+        inputs: path of a module that ran -> shape of its first input.
+        outputs: path of a module that ran -> shape of its output.
+    """
+
+    macs: Mapping[str, int]
+    inputs: Mapping[str, tuple[int, ...]]
+    outputs: Mapping[str, tuple[int, ...]]
+
+
+def measure_work(model: nn.Module, *inputs: Any) -> Work:
+    """Run a model once on inputs of one sample and count what each of its modules does."""
+    taken: dict[str, tuple[int, ...]] = {}
+    given: dict[str, tuple[int, ...]] = {}
+
+    def hook(path: str) -> Any:
+        def note(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+                taken[path], given[path] = tuple(args[0].shape), tuple(output.shape)
+
+        return note
+
+    handles = [module.register_forward_hook(hook(path)) for path, module in model.named_modules() if path]
+    try:
+        counts = _counted(model, inputs).get_flop_counts()
+    finally:
+        for handle in handles:
+            handle.remove()
+    macs = {key.partition(".")[2]: sum(ops.values()) // 2 for key, ops in counts.items() if "." in key}
+    return Work(macs=dict.fromkeys(taken, 0) | macs, inputs=taken, outputs=given)
+
+
+def _counted(model: nn.Module, inputs: tuple[Any, ...]) -> FlopCounterMode:
+    """The counter after one forward of the model."""
+    counter = FlopCounterMode(display=False, custom_mapping=_uncounted())
     # The counter hooks the gradient of every input of a module; a parameter that is one (a pooling query) breaks it.
     learnt = [p for p in model.parameters() if p.requires_grad]
     try:
@@ -49,12 +92,18 @@ def count_macs(model: nn.Module, *inputs: Any) -> int:
     finally:
         for p in learnt:
             p.requires_grad_(True)
-    return counter.get_total_flops() // 2
+    return counter
 
 
-def _addmm_flops(_into: Any, a: tuple[int, int], b: tuple[int, int], **_: Any) -> int:
-    """The sorted backend adds products into its output in place, which the counter does not know by itself."""
-    return 2 * a[0] * a[1] * b[1]
+def _uncounted() -> dict[Any, Any]:
+    """OneDNN's products, which the counter does not know by itself."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return {}
+    return {torch.ops.mkldnn._linear_pointwise: _linear_flops}
+
+
+def _linear_flops(x: tuple[int, int], weight: tuple[int, int], *_: Any, **__: Any) -> int:
+    return 2 * x[0] * weight[0] * weight[1]
 
 
 def tokens_at(model: nn.Module, names: list[str], *inputs: Any) -> dict[str, int]:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acmize.gates import AdaptiveModule, Choose, Decision, Gate, choosing, record
+from acmize.gates import AdaptiveModule, Choose, Gate, choosing, record
 from acmize.inputs import Batch, counted, forward, logits_of
 
 
@@ -51,6 +51,7 @@ def collect_damage(
     generator: torch.Generator,
     draws: int = 3,
     keep_tokens: float = 0.5,
+    bf16: bool = False,
 ) -> dict[Gate, GateData]:
     """Inputs and damages of every gate.
 
@@ -61,7 +62,8 @@ def collect_damage(
         choose: `full_width` for a first round; None to collect with the gates on, where earlier layers err.
         generator: for the drawn classes and the tokens kept.
         draws: classes drawn a sample, a backward pass each.
-        keep_tokens: share of tokens kept, to bound memory.
+        keep_tokens: share of tokens kept, to bound memory; at least one a sample.
+        bf16: both models under autocast: a damage spans orders of magnitude, its rounding is far below that.
 
     Returns:
         gate -> its inputs and damages, on the CPU in float32.
@@ -74,10 +76,11 @@ def collect_damage(
         p.requires_grad_(False)
     try:
         for batch in batches:
-            with torch.no_grad():
-                probabilities = counted(logits_of(forward(teacher, batch)), batch).float().softmax(-1)
-            drawn = torch.multinomial(probabilities.cpu(), draws, replacement=True, generator=generator)
-            _one_batch(model, batch, drawn.to(probabilities.device), choose, generator, keep_tokens, rows)
+            with torch.autocast(batch.device.type, torch.bfloat16, enabled=bf16):
+                with torch.no_grad():
+                    probabilities = counted(logits_of(forward(teacher, batch)), batch).float().softmax(-1)
+                drawn = torch.multinomial(probabilities.cpu(), draws, replacement=True, generator=generator)
+                _one_batch(model, batch, drawn.to(probabilities.device), choose, generator, keep_tokens, rows)
     finally:
         model.train(training)
         for p in frozen:
@@ -105,22 +108,22 @@ def _one_batch(
                 left_out = grad.flip(-1).cumsum(-1).flip(-1)
                 damages[i] = damages[i] + left_out.square() / drawn.shape[1]
     for (module, x, decision), damage in zip(seen.seen, damages, strict=True):
-        _keep_rows(module, x, decision, damage, generator, keep_tokens, rows)  # pyright: ignore[reportArgumentType]
+        if decision.valid is not None:
+            x, damage = x[decision.valid], damage[decision.valid]  # pyright: ignore[reportIndexIssue]
+        share = max(keep_tokens, len(batch) / x[..., 0].numel())
+        _keep_rows(module, x, damage, generator, share, rows)  # pyright: ignore[reportArgumentType]
 
 
 def _keep_rows(
     module: AdaptiveModule,
     x: Tensor,
-    decision: Decision,
     damage: Tensor,
     generator: torch.Generator,
     share: float,
     rows: dict[Gate, _Rows],
 ) -> None:
-    if decision.valid is not None:
-        x, damage = x[decision.valid], damage[decision.valid]
     x, damage = x.detach().flatten(0, -2), damage.flatten(0, -3)
-    count = max(1, round(share * len(x)))
+    count = max(1, round(min(share, 1.0) * len(x)))
     pick = torch.randperm(len(x), generator=generator)[:count].to(x.device)
     into = rows.setdefault(module.gate, _Rows())
     into.x.append(x[pick].float().cpu())

@@ -169,6 +169,7 @@ def train_transform(
     model: nn.Module,
     *,
     crop_scale: tuple[float, float] = (0.35, 1.0),
+    crop_pad: int | None = None,
     hflip: float = 0.5,
     randaugment: str | None = "rand-m6-n2-mstd0.5",
     color_jitter: float | None = None,
@@ -178,12 +179,13 @@ def train_transform(
     Args:
         model: The model that the images are for.
         crop_scale: Least and largest share of the image's area that a crop takes.
+        crop_pad: Pad by this many pixels and crop at random, in place of a scaled crop; or None.
         hflip: Probability of a flip from left to right.
         randaugment: timm's `auto_augment` string, or None for none.
         color_jitter: Strength of brightness, contrast and saturation changes, or None.
     """
     config = data_config(model)
-    return create_transform(
+    made = create_transform(
         config["input_size"],
         is_training=True,
         scale=crop_scale,
@@ -194,6 +196,12 @@ def train_transform(
         mean=config["mean"],
         std=config["std"],
     )
+    if crop_pad is not None:
+        from torchvision.transforms import RandomCrop, Resize
+
+        size = config["input_size"][1:]
+        made.transforms[:1] = [Resize(size), RandomCrop(size, padding=crop_pad)]  # type: ignore[union-attr]
+    return made  # type: ignore[return-value]
 
 
 def _bytes(stored: dict[str, Any]) -> bytes:

@@ -78,20 +78,22 @@ def evaluate_at(
     """Metric and executed work of the model as its gates stand (or as `choose` forces them).
 
     Returns:
-        accuracy (None without labels), agreement with the dense model's top-1, kl to it, macs_ratio (mean of samples),
-        macs_ratio_std (spread over samples), seconds, sites (entry -> mean share of its learners that ran).
+        accuracy (None without labels), agreement with the dense model's top-1, kl to it, macs_ratio (executed, mean of
+        samples), macs_ratio_std (spread over samples), chosen_ratio (what would be executed if every module skipped
+        what it does not choose), seconds, sites (entry -> mean share of its learners that were chosen).
     """
     if isinstance(batches, Spoken):
         assert isinstance(dense, SpeechReference)
         return evaluate_speech_at(model, plan, batches, dense, choose)
     assert isinstance(dense, Reference)
-    logits, shares, load, start = [], [], {}, time.perf_counter()
+    logits, shares, chosen, load, start = [], [], [], {}, time.perf_counter()
     rest = plan.macs_rest(schedule_of(model))
     with evaluating(model), choosing(model, choose):
         for inputs, _ in batches:
             with record(model, len(inputs)) as seen:
                 logits.append(logits_of(model(inputs)).float().cpu())
             shares.append((rest + seen.executed().double().cpu()) / plan.macs_dense)
+            chosen.append((rest + seen.chosen().double().cpu()) / plan.macs_dense)
             for name, parts in seen.macs.items():
                 load.setdefault(name, []).append((parts[-1] / seen.most[name]).cpu())
     out, ratio = torch.cat(logits), torch.cat(shares)
@@ -99,6 +101,7 @@ def evaluate_at(
     return {
         "macs_ratio": ratio.mean().item(),
         "macs_ratio_std": ratio.std(correction=0).item(),
+        "chosen_ratio": torch.cat(chosen).mean().item(),
         "macs": ratio.mean().item() * plan.macs_dense,
         "accuracy": top1(out, dense.labels),
         "agreement": (out.argmax(-1) == dense.logits.argmax(-1)).double().mean().item(),
@@ -124,7 +127,7 @@ def evaluate(
     for budget in budgets:
         set_budget(model, plan, calibration, budget)
         row = {"budget": budget, **evaluate_at(model, plan, batches, dense)}
-        row["missed"] = missed(budget, row["macs_ratio"])
+        row["missed"] = missed(budget, row["chosen_ratio"])
         results.append(row)
     first = {"macs": plan.macs_dense, "seconds": dense.seconds, **dense.described}
     return {"dense": first, "samples": len(dense), "results": results}

@@ -114,10 +114,11 @@ def evaluate_speech_at(
     Returns:
         wer and cer (None without transcripts), accuracy = 1 - wer, agreement (share of utterances written as the dense
         model wrote them), kl (by how much the dense model's own tokens, or distributions, lost in mean log-likelihood),
-        macs_ratio, macs_ratio_std (spread of the samples' own shares), choice_silent and choice_speech (mean share of
-        the learners that a silent frame and one of speech run), seconds, sites.
+        macs_ratio, macs_ratio_std (spread of the samples' own shares), chosen_ratio (as `evaluate_at` has it),
+        choice_silent and choice_speech (mean share of the learners that a silent frame and one of speech run), seconds,
+        sites.
     """
-    start, texts, scores, spent, whole, load = time.perf_counter(), [], [], [], [], {}
+    start, texts, scores, spent, chosen, whole, load = time.perf_counter(), [], [], [], [], [], {}
     by_kind: tuple[list[Tensor], list[Tensor]] = ([], [])
     listener = batches.listener
     with evaluating(model), choosing(model, choose):
@@ -127,6 +128,7 @@ def evaluate_speech_at(
             macs = plan.account(seen.executed().double().cpu(), seen.tokens)
             spent.append(macs[0])
             whole.append(macs[1])
+            chosen.append(plan.account(seen.chosen().double().cpu(), seen.tokens)[0])
             for name, parts in seen.macs.items():
                 load.setdefault(name, []).append((parts[-1] / seen.most[name]).cpu())
             for i, (u, logp) in enumerate(zip(utterances, _each(output.logits, inputs), strict=True)):
@@ -146,6 +148,7 @@ def evaluate_speech_at(
     return {
         "macs_ratio": (macs.mean() / most.mean()).item(),
         "macs_ratio_std": (macs / most).std(correction=0).item(),
+        "chosen_ratio": (torch.cat(chosen).mean() / most.mean()).item(),
         "macs": macs.mean().item(),
         "wer": None if rates is None else rates[0],
         "cer": None if rates is None else rates[1],

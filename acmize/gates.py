@@ -20,11 +20,13 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acmize import ops
 from acmize.padding import Padding
 
 Choose = Callable[["Gate", Tensor], Tensor]
@@ -34,17 +36,32 @@ Choose = Callable[["Gate", Tensor], Tensor]
 class Decision:
     """What a gate decided: `choice` (..., G) learners to run; `keep` (..., G, N), 1 where a learner runs.
 
-    `keep` is None in plain inference; where it is set it carries the gradient. `valid` (...) is False for padded
-    tokens, which run none; None: all are real.
+    `keep` is None in plain inference; where it is set it carries the gradient. The decision of one group has `order`:
+    learners -> its tokens in the order of their choice. `valid` (...) is False for padded tokens, which run none; None:
+    all are real.
     """
 
     choice: Tensor
     keep: Tensor | None = None
-    valid: Tensor | None = None
+    order: Callable[[int], ops.Order] | None = field(default=None, repr=False, compare=False)
+    _orders: list[ops.Order] = field(default_factory=list, repr=False, compare=False)
+    valid: Tensor | None = field(default=None, kw_only=True)
 
     def group(self, g: int) -> Decision:
         """The decision of one group: choice (...), keep (..., N)."""
-        return Decision(self.choice[..., g], None if self.keep is None else self.keep[..., g, :], self.valid)
+        keep = None if self.keep is None else self.keep[..., g, :]
+        return Decision(self.choice[..., g], keep, partial(self._order, g), valid=self.valid)
+
+    def _order(self, g: int, num_learners: int) -> ops.Order:
+        """All groups are sorted at once, when the first is asked for."""
+        if not self._orders:
+            self._orders.extend(ops.sort_tokens(self.choice.flatten(0, -2), num_learners))
+        return self._orders[g]
+
+    def without_padding(self, valid: Tensor) -> Decision:
+        """The decision with no learner where `valid` (...) is False."""
+        keep = None if self.keep is None else self.keep * valid[..., None, None]
+        return Decision(self.choice * valid[..., None], keep, valid=valid)
 
     def keep_or_hard(self, num_learners: int, dtype: torch.dtype) -> Tensor:
         """`keep`, or the hard 0/1 mask of `choice`."""
@@ -99,6 +116,7 @@ class Gate(nn.Module):
         self.register_buffer("price", torch.zeros(()))
         self.register_buffer("dial", torch.zeros(()))
         self.temperature = 0.1
+        self.progress = 1.0  # share of a training that is done; gates that anneal something read it
         self.choose: Choose | None = None  # overrides the energies: full width, static, random
         self.probe = False  # make `keep` a leaf whose gradient is wanted
 
@@ -119,29 +137,32 @@ class Gate(nn.Module):
             if self.min_choice:
                 energy = energy[..., self.min_choice :]
             if self.training:
-                return self._straight_through(energy, valid)
+                decision = self._straight_through(energy)
+                return decision if valid is None else decision.without_padding(valid)
             choice = energy.argmin(-1) + self.min_choice
         if valid is not None:
             choice = choice * valid[..., None]
         if self.probe:
-            return Decision(choice, hard_keep(choice, self.num_learners).float().requires_grad_(), valid)
+            return Decision(choice, hard_keep(choice, self.num_learners).float().requires_grad_(), valid=valid)
         return Decision(choice, valid=valid)
+
+    def narrow_(self, choice: int) -> None:
+        """Forget the learners beyond `choice` for good; subclasses narrow what predicts them."""
+        self.num_learners = choice
+        self.learner_macs, self.cost = self.learner_macs[:, :choice], self.cost[:, : choice + 1]
 
     def soft_scores(self, energy: Tensor) -> Tensor:
         """Energies in units of the temperature, for the soft distribution over choices."""
         return -energy / self.temperature
 
-    def _straight_through(self, energy: Tensor, valid: Tensor | None = None) -> Decision:
+    def _straight_through(self, energy: Tensor) -> Decision:
         p = self.soft_scores(energy).softmax(-1)
         choice = self._sample(energy)
         soft = p.flip(-1).cumsum(-1).flip(-1)[..., 1:]  # P(choice >= n + 1)
         if self.min_choice:
             soft = F.pad(soft, (self.min_choice, 0), value=1.0)
         hard = hard_keep(choice, self.num_learners).to(soft.dtype)
-        keep = hard + (soft - soft.detach())
-        if valid is not None:
-            choice, keep = choice * valid[..., None], keep * valid[..., None, None]
-        return Decision(choice, keep, valid)
+        return Decision(choice, hard + (soft - soft.detach()))
 
     def _sample(self, energy: Tensor) -> Tensor:
         return energy.argmin(-1) + self.min_choice
@@ -155,6 +176,7 @@ class DamageGate(Gate):
     """
 
     dial_range = (1e-7, 1e4)
+    act = staticmethod(F.gelu)
 
     def __init__(self, spec: GateSpec) -> None:
         super().__init__(spec)
@@ -167,20 +189,32 @@ class DamageGate(Gate):
 
         `dial` (..., 1) is the position of the dial for each token; the gate's own by default.
         """
-        level = self.level * (self.dial if dial is None else dial)
-        h = F.linear(x, self.fc1.weight) + (self.fc1.bias + level)
-        eta = self.fc2(F.gelu(h)).unflatten(-1, (self.groups, self.num_learners))
+        eta = self.fc2(self.hidden(x, dial)).unflatten(-1, (self.groups, self.num_learners))
         return eta.float().clamp(-25.0, 10.0)
+
+    def hidden(self, x: Tensor, dial: Tensor | None = None) -> Tensor:
+        """X (..., D) -> (..., hidden), with the dial as in `log_damage`."""
+        bias = self.fc1.bias + self.level * (self.dial if dial is None else dial)
+        if dial is None and ops.pick_backend(x) == "sorted" and not torch.compiler.is_compiling():
+            return ops.gemm(x.flatten(0, -2), self.fc1.weight, bias, self.act).unflatten(0, x.shape[:-1])
+        return self.act(F.linear(x, self.fc1.weight) + bias)
 
     def energies(self, x: Tensor) -> Tensor:
         """Damage plus price times cost; more learners never count as more damage."""
-        log_damage = self.log_damage(x).flip(-1).cummax(-1)[0].flip(-1)
+        log_damage = self.log_damage(x)
+        if self.num_learners > 1:
+            log_damage = log_damage.flip(-1).cummax(-1)[0].flip(-1)
         return F.pad(log_damage.exp(), (0, 1)) + self.price * self.cost
 
     def soft_scores(self, energy: Tensor) -> Tensor:
         """In units of the price of the whole site, so that one temperature suits every site and budget."""
         unit = (self.price * self.cost[:, -1:]).clamp_min(1e-20)  # a price of 0 would divide by it
         return -(energy / unit) / self.temperature
+
+    def narrow_(self, choice: int) -> None:
+        """Choices beyond `choice` are gone; running that many counts as no damage from now on."""
+        self.fc2 = leading_outputs(self.fc2, self.groups, choice)
+        super().narrow_(choice)
 
     def price_at(self, dial: float) -> float:
         """Logarithmic: damage spans many orders of magnitude."""
@@ -214,9 +248,18 @@ class ClassificationGate(Gate):
         low, high = self.dial_range
         return low + dial * (high - low)
 
-    def _straight_through(self, energy: Tensor, valid: Tensor | None = None) -> Decision:
+    def _straight_through(self, energy: Tensor) -> Decision:
         noise = -torch.empty_like(energy).exponential_().log()
-        return super()._straight_through(energy - noise, valid)
+        return super()._straight_through(energy - noise)
+
+
+def leading_outputs(layer: nn.Linear, groups: int, count: int) -> nn.Linear:
+    """A layer with the leading `count` outputs of each of its groups."""
+    cut = nn.Linear(layer.in_features, groups * count, device=layer.weight.device, dtype=layer.weight.dtype)
+    for name in ("weight", "bias"):
+        rows = getattr(layer, name).detach().unflatten(0, (groups, -1))[:, :count]
+        setattr(cut, name, nn.Parameter(rows.flatten(0, 1).clone()))
+    return cut
 
 
 # --- one price for the model ----------------------------------------------------------------------------------
@@ -232,6 +275,12 @@ def set_dial(model: nn.Module, dial: float) -> None:
     for gate in gates_of(model):
         gate.price.fill_(gate.price_at(dial))
         gate.dial.fill_(dial)
+
+
+def set_progress(model: nn.Module, share: float) -> None:
+    """Tell every gate how much of a training is done, 0 to 1."""
+    for gate in gates_of(model):
+        gate.progress = share
 
 
 def full_width(gate: Gate, x: Tensor) -> Tensor:
@@ -260,9 +309,15 @@ class AdaptiveModule(nn.Module):
     """Base of what methods insert: a gate, a name for each of its groups, and a place for a recorder.
 
     Subclasses call `decide(x)` once a forward and implement `forward_reference(x, decision)`.
+
+    Attributes:
+        per_sample: one decision a sample, from a pooled input (B, D), in place of one a token.
+        skips: what is not chosen is not run; False where everything runs whatever is chosen, and nothing is saved.
     """
 
     gate: Gate
+    per_sample = False
+    skips = True
 
     def __init__(self, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -271,7 +326,7 @@ class AdaptiveModule(nn.Module):
         self.padding: Padding | None = None  # set where the host says which tokens are real
 
     def decide(self, x: Tensor) -> Decision:
-        """Ask the gate about x (..., D), tokens on the leading axes, and tell the recorder."""
+        """Ask the gate about x (..., D), tokens (or samples alone) on the leading axes, and tell the recorder."""
         valid = None if self.padding is None else self.padding.read(x)
         decision = self.gate(x) if valid is None else self.gate(x, valid)
         if self.recorder is not None:
@@ -295,7 +350,8 @@ class Recorder:
     Attributes:
         samples: samples in the batch: leading axes are folded to it, so that windows belong to their image.
         keep_inputs: also keep the gates' inputs and decisions (for fitting and heat maps).
-        macs: entry -> list of (samples,) executed MACs of the site, a tensor a forward.
+        macs: entry -> list of (samples,) MACs of the site as chosen, a tensor a forward.
+        ran: the same as executed: all of it where a module skips nothing.
         expected: entry -> list of (samples,) MACs through `keep`, differentiable.
         most: entry -> MACs a sample if every learner ran; (samples,) where samples have unequal lengths.
         gates: entry -> MACs a sample of its share of the gate, likewise.
@@ -303,11 +359,13 @@ class Recorder:
         choices: entry -> histogram (N + 1,) of choices.
         per_token: entry -> (samples, tokens) choices of the last forward, -1 where padded.
         seen: module -> (input, decision), when `keep_inputs`.
+        losses: name -> terms, weighted already, that modules add to the loss of phase 3.
     """
 
     samples: int
     keep_inputs: bool = False
     macs: dict[str, list[Tensor]] = field(default_factory=dict)
+    ran: dict[str, list[Tensor]] = field(default_factory=dict)
     expected: dict[str, list[Tensor]] = field(default_factory=dict)
     most: dict[str, float | Tensor] = field(default_factory=dict)
     gates: dict[str, float | Tensor] = field(default_factory=dict)
@@ -315,23 +373,31 @@ class Recorder:
     choices: dict[str, Tensor] = field(default_factory=dict)
     per_token: dict[str, Tensor] = field(default_factory=dict)
     seen: list[tuple[AdaptiveModule, Tensor, Decision]] = field(default_factory=list)
+    losses: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def add_loss(self, name: str, term: Tensor) -> None:
+        """Called by adaptive modules that learn something beside the task."""
+        self.losses.setdefault(name, []).append(term)
 
     def add(self, module: AdaptiveModule, x: Tensor, decision: Decision) -> None:
         """Called by the adaptive modules."""
         gate = module.gate
         if self.keep_inputs:
             self.seen.append((module, x, decision))
-        executed = module.macs(decision).detach()
+        macs = module.macs(decision).detach()
         valid = decision.valid
         tokens: float | Tensor = decision.choice[..., 0].numel() / self.samples
         if valid is not None:
             tokens = valid.reshape(self.samples, -1).sum(1).double()
         for g, name in enumerate(module.names):
             one = decision.group(g)
-            self.macs.setdefault(name, []).append(executed[..., g].reshape(self.samples, -1).sum(1))
             self.tokens[name] = tokens
             self.gates[name] = gate.gate_macs[g] * tokens
             self.most[name] = float(gate.learner_macs[g].sum()) * tokens
+            chosen = macs[..., g].reshape(self.samples, -1).sum(1)
+            self.macs.setdefault(name, []).append(chosen)
+            ran = chosen if module.skips else torch.zeros_like(chosen) + self.most[name]
+            self.ran.setdefault(name, []).append(ran)
             real = one.choice if valid is None else one.choice[valid]
             histogram = torch.bincount(real.reshape(-1), minlength=gate.num_learners + 1)
             self.choices[name] = self.choices.get(name, 0) + histogram
@@ -343,6 +409,10 @@ class Recorder:
 
     def executed(self) -> Tensor:
         """(samples,) executed MACs of all adaptive sites in the last forward, their gates included."""
+        return torch.stack([parts[-1] for parts in self.ran.values()]).sum(0) + sum(self.gates.values())
+
+    def chosen(self) -> Tensor:
+        """(samples,) the same as chosen: what would be executed if every module skipped."""
         return torch.stack([parts[-1] for parts in self.macs.values()]).sum(0) + sum(self.gates.values())
 
     def differentiable(self) -> Tensor:

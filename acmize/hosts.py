@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 
 from acmize import hosts_speech
-from acmize.cost import count_macs, tokens_at
+from acmize.cost import Work, count_macs, measure_work, tokens_at
 from acmize.errors import AcmizeError
 from acmize.inputs import Inputs
 from acmize.methods.token_merging import why_not
@@ -26,11 +27,15 @@ from acmize.registry import Refused, method_for
 
 Found = list[Site | Refusal]
 Handler = Callable[[str, Any], Found]
-_HANDLERS: dict[type, Handler] = {}
+LINEAR = ("mlp", "attention", "linear")
+_HANDLERS: dict[type, dict[str, Handler]] = {}  # class -> kind of site -> what finds it
 
 
-def _handles(*paths: str) -> Callable[[Handler], Handler]:
-    """Register a handler for exact classes by their import path; paths that this version lacks are passed over."""
+def _handles(*paths: str, kinds: tuple[str, ...] = LINEAR) -> Callable[[Handler], Handler]:
+    """Register a handler for exact classes by their import path; paths that this version lacks are passed over.
+
+    `kinds` are those of the sites it finds: only methods that convert one of them are shown the class.
+    """
 
     def decorate(handler: Handler) -> Handler:
         for path in paths:
@@ -40,7 +45,7 @@ def _handles(*paths: str) -> Callable[[Handler], Handler]:
             except ImportError:
                 cls = None
             if cls is not None:
-                _HANDLERS[cls] = handler
+                _HANDLERS.setdefault(cls, {}).update(dict.fromkeys(kinds, handler))
         return handler
 
     return decorate
@@ -142,31 +147,219 @@ def _torch_attention(fqn: str, _module: Any) -> Found:
     return [Refusal(fqn=fqn, reason="MultiheadAttention reads its weights past the forward of its layers")]
 
 
+# --- residual blocks of CNNs ----------------------------------------------------------------------------------
+
+
+@_handles("timm.models.resnet.BasicBlock", kinds=("block",))
+def _basic_block(fqn: str, module: Any) -> Found:
+    return _block(fqn, module, ("drop_path", "se", "bn2"), "act2", module.downsample)
+
+
+@_handles("timm.models.resnet.Bottleneck", kinds=("block",))
+def _bottleneck(fqn: str, module: Any) -> Found:
+    return _block(fqn, module, ("drop_path", "se", "bn3"), "act3", module.downsample)
+
+
+@_handles("timm.models.regnet.Bottleneck", kinds=("block",))
+def _regnet_block(fqn: str, module: Any) -> Found:
+    return _block(fqn, module, ("drop_path",), "act3", module.downsample)
+
+
+@_handles("timm.models.regnet.PreBottleneck", kinds=("block",))
+def _regnet_preactivation_block(fqn: str, module: Any) -> Found:
+    return _block(fqn, module, ("drop_path",), "norm1", module.downsample)  # its shortcut begins behind norm1
+
+
+@_handles("timm.models.convnext.ConvNeXtBlock", kinds=("block",))
+def _convnext_block(fqn: str, module: Any) -> Found:
+    return _block(fqn, module, ("drop_path",), None, module.shortcut)
+
+
+def _block(fqn: str, module: Any, ends: tuple[str, ...], rest: str | None, shortcut: Any) -> Found:
+    """A residual block: F(x) is the output of the last of `ends` that it has; a skipped input passes through `rest`."""
+    if not _plain(shortcut):
+        return [Refusal(fqn=fqn, reason="its shortcut changes the shape, so it cannot be skipped")]
+    branch = next(name for name in ends if getattr(module, name, None) is not None)
+    return [Site.block(fqn, branch=f"{fqn}.{branch}", rest=None if rest is None else f"{fqn}.{rest}")]
+
+
+# --- chains of convolutions -----------------------------------------------------------------------------------
+
+
+@_handles("timm.models.resnet.BasicBlock", kinds=("channels",))
+def _basic_channels(fqn: str, module: Any) -> Found:
+    return _chain(fqn, module, ("conv1", "bn1", "drop_block", "act1", "aa", "conv2"))
+
+
+@_handles("timm.models.resnet.Bottleneck", kinds=("channels",))
+def _bottleneck_channels(fqn: str, module: Any) -> Found:
+    names = ("conv1", "bn1", "act1", "conv2", "bn2", "drop_block", "act2", "aa", "conv3")
+    return _chain(fqn, module, names)
+
+
+@_handles("timm.models._efficientnet_blocks.InvertedResidual", kinds=("channels",))
+def _inverted_channels(fqn: str, module: Any) -> Found:
+    names = ("conv_pw", "bn1", "conv_dw", "bn2", "aa", "se", "conv_pwl")
+    return _chain(fqn, module, names, residual=module.has_skip)
+
+
+@_handles("timm.models._efficientnet_blocks.EdgeResidual", kinds=("channels",))
+def _edge_channels(fqn: str, module: Any) -> Found:
+    return _chain(fqn, module, ("conv_exp", "bn1", "aa", "se", "conv_pwl"), residual=module.has_skip)
+
+
+@_handles("timm.layers.Mlp", "timm.layers.ConvMlp", kinds=("channels",))
+def _mlp_channels(fqn: str, module: Any) -> Found:
+    names = ("fc1", "norm", "act", "drop", "fc2") if hasattr(module, "drop") else ("fc1", "act", "drop1", "norm", "fc2")
+    return _chain(fqn, module, names)
+
+
+@_handles("timm.models.fasternet.MLPBlock", kinds=("channels",))
+def _fasternet_channels(fqn: str, module: Any) -> Found:
+    return _chain(f"{fqn}.mlp", module.mlp, ("0", "1", "2", "3"))
+
+
+@_handles("timm.models.vgg.VGG", "acmize.cifar_models.CifarVgg", kinds=("channels",))
+def _vgg_channels(fqn: str, module: Any) -> Found:
+    """One chain a stage; a stage of one convolution is joined to the next."""
+    chains: list[list[str]] = [[]]
+    for name, part in module.features.named_children():
+        chains[-1].append(name)
+        convs = sum(isinstance(getattr(module.features, n), nn.Conv2d) for n in chains[-1])
+        if isinstance(part, nn.MaxPool2d) and convs > 1:
+            chains.append([])
+    prefix = f"{fqn}.features" if fqn else "features"
+    found: Found = []
+    for names in chains:
+        convs = [i for i, n in enumerate(names) if isinstance(getattr(module.features, n), nn.Conv2d)]
+        if convs:
+            inner = names[: convs[-1] + 1]
+            found += _chain(prefix, module.features, inner, residual=False, name=f"{prefix}.{names[0]}")
+    return found
+
+
+def _chain(fqn: str, module: Any, names: Sequence[str], *, residual: bool = True, name: str | None = None) -> Found:
+    """A chain of the children of a module, in the order in which they are called; those it lacks are passed over.
+
+    Args:
+        fqn: of the module.
+        module: that has the children.
+        names: of the children.
+        residual: whether the output is added to something.
+        name: of the site, where it is not the module's.
+    """
+    layers: list[str] = []
+    between: list[list[str]] = [[]]
+    for child in names:
+        part: Any = getattr(module, child, None)
+        if _plain(part):
+            continue
+        if isinstance(part, _CUTTABLE):
+            layers.append(f"{fqn}.{child}")
+            between.append([])
+        else:
+            between[-1].append(f"{fqn}.{child}")
+    return [Site.channels(name or fqn, layers, between[1:-1], residual=residual)]
+
+
+_CUTTABLE = (nn.Conv2d, nn.Linear)
+
+
+def _unfit_chain(site: Site, modules: dict[str, Any]) -> str | None:
+    """Why the layers of a chain cannot run on leading slices of their channels, or None."""
+    paths, between = list(site.roles.values()), site.options["between"]
+    if len(paths) < 2 or len(between) != len(paths) - 1:
+        return f"{len(paths)} layers with {len(between)} groups between them: expected two or more, and one fewer"
+    for i, path in enumerate(paths):
+        layer = modules[path]
+        if type(layer) not in (nn.Conv2d, Conv2dSame, nn.Linear):
+            return f"{path!r} is a {type(layer).__name__}, expected a plain convolution or linear layer"
+        if reason := _uncut(layer, 0 < i < len(paths) - 1):
+            return f"{path.rpartition('.')[2]}: {reason}"
+        given = modules[paths[i - 1]].weight.shape[0]
+        taken = layer.weight.shape[1] * (1 if isinstance(layer, nn.Linear) else layer.groups)
+        if i and given != taken:
+            return f"{path!r} takes {taken} channels, but {paths[i - 1]!r} gives {given}"
+    for path in (p for group in between for p in group):
+        if path not in modules:
+            return f"{path!r} is not a module of this model"
+        if not _channel_wise(modules[path]):
+            name = path.rpartition(".")[2]
+            return f"a {type(modules[path]).__name__} ({name}) stands among its convolutions and reads every channel"
+    return None
+
+
+def _uncut(layer: Any, inner: bool) -> str | None:
+    """Why a layer cannot run on leading slices of its channels, or None; `inner` ones may be depthwise."""
+    if isinstance(layer, nn.Linear):
+        return None
+    if layer.groups == 1:
+        strange = layer.padding_mode != "zeros" or isinstance(layer.padding, str)
+        return f"padding {layer.padding!r}, {layer.padding_mode}" if strange else None
+    depthwise = layer.groups == layer.in_channels == layer.out_channels
+    return None if depthwise and inner else f"a convolution of {layer.groups} groups"
+
+
+def _channel_wise(part: nn.Module) -> bool:
+    """Whether a module acts on each channel by itself, so that it can run on some of them: tried out."""
+    if type(part) in (nn.BatchNorm2d, BatchNormAct2d):
+        return part.running_mean is not None
+    if any(True for _ in part.parameters()) or any(True for _ in part.buffers()):
+        return False
+    x, training = torch.linspace(-3, 3, 4 * 36).view(1, 4, 6, 6), part.training
+    try:
+        return torch.equal(part.eval()(x.clone())[:, :2], part(x[:, :2].clone()))
+    finally:
+        part.train(training)
+
+
+# --- partial convolutions -------------------------------------------------------------------------------------
+
+
+@_handles("timm.models.fasternet.Partial_conv3", kinds=("partial",))
+def _partial(fqn: str, module: Any) -> Found:
+    return [Site.partial(fqn, f"{fqn}.partial_conv3", module.dim_conv3 + module.dim_untouched)]
+
+
 # --- discovery ------------------------------------------------------------------------------------------------
 
 
-def find_sites(model: nn.Module) -> Found:
-    """Every site of known classes, and a refusal for every other linear layer.
+# Layers that a method for these kinds accounts for one by one: in a site, or refused by name.
+_COUNTED: dict[str, type[nn.Module]] = {"linear": nn.Linear, "channels": nn.Conv2d}
+
+
+def find_sites(model: nn.Module, kinds: Sequence[str] = LINEAR) -> Found:
+    """Every site of these kinds in known classes, and a refusal for every other layer that such a site is made of.
 
     Shapes are not looked at; nothing is changed.
     """
     found: Found = []
     inside: set[str] = set()
     for fqn, module in model.named_modules():
-        handler = _HANDLERS.get(type(module)) or hosts_speech.HANDLERS.get(class_path(module))
+        known = _handlers(module)
+        handler = next((known[kind] for kind in kinds if kind in known), None)
         if handler is not None and not any(fqn.startswith(p + ".") for p in inside):
             found += handler(fqn, module)
             inside.add(fqn)
-    return found + _rest(model, inside)
+    taken = {path for item in found if isinstance(item, Site) for path in item.roles.values()}
+    return found + _rest(model, inside | taken, kinds)
 
 
-def _rest(model: nn.Module, inside: set[str]) -> list[Refusal]:
-    """A refusal for every linear layer that is not one of these modules, nor within one."""
+def _handlers(module: nn.Module) -> dict[str, Handler]:
+    """Kind of site -> what finds it, for a module's exact class."""
+    speech = hosts_speech.HANDLERS.get(class_path(module))
+    return _HANDLERS.get(type(module), {} if speech is None else dict.fromkeys(LINEAR, speech))
+
+
+def _rest(model: nn.Module, inside: set[str], kinds: Sequence[str]) -> list[Refusal]:
+    """A refusal for every counted layer that is not one of these modules, nor within one."""
     refused = []
+    counted = tuple(cls for kind, cls in _COUNTED.items() if kind in kinds)
     for fqn, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not any(_within(fqn, path) for path in inside):
+        if isinstance(module, counted) and not any(_within(fqn, path) for path in inside):
             parent = type(model.get_submodule(fqn.rpartition(".")[0])).__name__
-            reason = f"a linear layer of {parent}, which is not known; name it with --target-modules to convert it"
+            what = "a linear layer" if isinstance(module, nn.Linear) else "a convolution"
+            reason = f"{what} of {parent}, which is not known; name it with --target-modules to convert it"
             refused.append(Refusal(fqn=fqn, reason=reason))
     return refused
 
@@ -175,14 +368,16 @@ def _within(fqn: str, path: str) -> bool:
     return fqn == path or fqn.startswith(f"{path}.")
 
 
-_CALL = re.compile(r"^(?P<path>[^:]+):(?P<kind>mlp|attention|linear)(?:\((?P<args>[^)]*)\))?$")
+_CALL = re.compile(r"^(?P<path>[^:]+):(?P<kind>mlp|attention|linear|block)(?:\((?P<args>[^)]*)\))?$")
 
 
 def parse_targets(model: nn.Module, targets: Sequence[str]) -> tuple[list[str], list[Site]]:
     """Split `--target-modules` into globs over known sites and declared sites of a user's module.
 
-    A declared site is `PATH:mlp(fc1,fc2)`, `PATH:attention(q,k,v,out,heads=H)` or `PATH:linear`, where PATH is a glob
-    over module paths and the names are the children's. Anything else is a glob that selects among known sites.
+    A declared site is `PATH:mlp(fc1,fc2)`, `PATH:attention(q,k,v,out,heads=H)`, `PATH:linear` or `PATH:block`, where
+    PATH is a glob over module paths and the names are the children's. `PATH:block(branch=NAME,rest=NAME)` names the
+    child that gives F(x) and the one that a skipped input passes through (see `Site.block`). Anything else is a glob
+    that selects among known sites.
 
     Raises:
         AcmizeError: a declaration that matches nothing or misses an argument.
@@ -213,6 +408,11 @@ def _declared(
         return None  # a glob such as blocks.* also matches blocks.0.norm
     if kind == "linear":
         return Site.linear(path)
+    if kind == "block":
+        inner = {role: f"{path}.{name}" for role, name in options.items()}
+        if words or not set(inner) <= {"branch", "rest"}:
+            raise AcmizeError(f"--target-modules {target}: expected PATH:block or PATH:block(branch=NAME,rest=NAME)")
+        return Site.block(path, **inner) if set(inner.values()) <= names else None
     need = {"mlp": 2, "attention": 4}[kind]
     if len(children) != need or (kind == "attention" and not options.get("heads", "").isdigit()):
         form = {"mlp": "PATH:mlp(fc1,fc2)", "attention": "PATH:attention(q,k,v,out,heads=H)"}[kind]
@@ -275,9 +475,11 @@ def make_plan(
     declared += list(sites)
     modules = dict(model.named_modules())
     _check_declared(model, modules, declared)
-    found = _found(model, declared, bool(globs))
+    method = method_for(config)
+    found = _found(model, declared, bool(globs), method.kinds)
     speech = example is None and hosts_speech.is_speech(model)
     inputs = example or ((hosts_speech.example_speech(model),) if speech else (example_input(model),))
+    work = measure_work(model, *inputs)
     drafts: list[tuple[dict[str, Any], Site]] = []
     refused: list[Refusal] = []
     used: set[str] = set()
@@ -310,7 +512,9 @@ def make_plan(
             continue
         try:
             keep = lambda fqn, target, site=item: wanted(fqn, target, site)  # noqa: E731
-            drafts += [(d, item) for d in method_for(config).plan(item, modules, config, keep)]
+            if item.kind not in method.kinds:
+                raise Refused(f"method {method.name} converts no site of kind {item.kind}")
+            drafts += [(d, item) for d in method.plan(item, modules, config, keep, work)]
         except Refused as error:
             refused.append(Refusal(fqn=item.fqn, reason=str(error)))
     unused = [g for g in (*globs, *exclude) if g not in used]
@@ -320,7 +524,7 @@ def make_plan(
         told = [r for r in refused if "--num-learners" in r.reason] or refused
         why = f" ({told[0].fqn}: {told[0].reason})" if told else ""
         raise AcmizeError(f"nothing to convert in this {type(model).__name__}{why}")
-    entries = _complete(model, modules, drafts, inputs)
+    entries = _complete(model, modules, drafts, inputs, work)
     merging = None
     if merge not in ("none", 0):
         reason = why_not(model)
@@ -375,15 +579,15 @@ def _length_macs(model: Any, scope: str, entry: PlanEntry) -> tuple[float, float
     return a, b, c
 
 
-def _found(model: nn.Module, declared: list[Site], known_too: bool) -> Found:
+def _found(model: nn.Module, declared: list[Site], known_too: bool, kinds: Sequence[str]) -> Found:
     """Declared sites, and known ones beside them where globs ask for some; else the rest is refused."""
     if not declared:
-        return find_sites(model)
+        return find_sites(model, kinds)
     taken = {path for site in declared for path in site.roles.values()}
     if not known_too:
-        return [*declared, *_rest(model, taken)]
+        return [*declared, *_rest(model, taken, kinds)]
     rest: Found = []
-    for item in find_sites(model):
+    for item in find_sites(model, kinds):
         paths = {*item.roles.values()} if isinstance(item, Site) else {item.fqn}
         hit = sorted(path for path in paths if any(_within(path, t) or _within(t, path) for t in taken))
         if not hit:
@@ -416,6 +620,10 @@ def _check_declared(model: nn.Module, modules: dict[str, Any], declared: list[Si
 def _unfit(site: Site, modules: dict[str, Any]) -> str | None:
     """Why the layers of a site do not fit together, or None."""
     sizes: dict[str, tuple[int, int]] = {}
+    if site.kind == "channels":
+        return _unfit_chain(site, modules)
+    if site.kind not in LINEAR:
+        return None  # its method looks at it
     for role, fqn in site.roles.items():
         layer = modules[fqn]
         if role == "act":
@@ -465,16 +673,25 @@ def _merging(model: Any, entries: tuple[PlanEntry, ...], merge: str | int, input
 
 
 def _complete(
-    model: nn.Module, modules: dict[str, nn.Module], drafts: list[tuple[dict[str, Any], Site]], inputs: tuple[Any, ...]
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    drafts: list[tuple[dict[str, Any], Site]],
+    inputs: tuple[Any, ...],
+    work: Work,
 ) -> tuple[PlanEntry, ...]:
-    """Add tokens and dense MACs to drafted entries."""
-    linears = {d["fqn"]: d["roles"]["fc1"] if d["kind"] == "mlp" else d["target"] for d, _ in drafts}
+    """Add tokens and dense MACs to drafted entries that lack them."""
+    for draft, _ in drafts:
+        if draft["target"] not in work.inputs:
+            raise AcmizeError(f"{draft['fqn']}: did not run on the example input; exclude it with --exclude")
+    counted = [d for d, _ in drafts if "tokens" not in d]
+    linears = {d["fqn"]: d["roles"]["fc1"] if d["kind"] == "mlp" else d["target"] for d in counted}
     tokens = tokens_at(model, sorted(set(linears.values())), *inputs)
     entries = []
     for draft, site in drafts:
-        rows = tokens.get(linears[draft["fqn"]], 0)
-        if rows == 0:
-            raise AcmizeError(f"{draft['fqn']}: did not run on the example input; exclude it with --exclude")
+        if "tokens" in draft:
+            entries.append(PlanEntry(**draft))
+            continue
+        rows = tokens[linears[draft["fqn"]]]
         entries.append(PlanEntry(**draft, tokens=rows, macs=rows * _dense_macs(modules, draft, site)))
     return tuple(entries)
 

@@ -175,7 +175,8 @@ def model_card(model: Any) -> str:
         meta.append(f"license: {base['pretrained_cfg']['license']}")
     meta += [f"base_model: timm/{name}" if base["library"] == "timm" else f"# base: {name}", "---"]
     text = [*meta, "", f"# {name}, adaptive", ""]
-    text += [f"{name} made adaptive with acmize {__about__.__version__}: every token runs only part of each layer.", ""]
+    made = f"{name} made adaptive with acmize {__about__.__version__}"
+    text += [f"{made}: every input runs only the part of it that it needs.", ""]
     text += ["```python", "import acmize", "", 'model = acmize.from_pretrained("THIS REPOSITORY OR FOLDER")']
     text += ["model.set_budget(0.6)", "```", ""]
     if model.results.get("results"):
@@ -291,7 +292,8 @@ def build_base(base: dict[str, Any]) -> nn.Module:
         )
     import timm
 
-    import acmize.quickstart_model  # noqa: F401 - registers the model that ships with the package
+    import acmize.cifar_models
+    import acmize.quickstart_model  # noqa: F401 - both register models of this package
 
     if not timm.is_model(base["architecture"]):
         raise AcmizeError(

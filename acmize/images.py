@@ -32,7 +32,10 @@ class Images:
         self.held: Any = cached(ImageSet(held, plain, **read))
         self.test = None if splits.test is None else cached(ImageSet(splits.test, plain, **read))
         train = recipe.train
-        augment = train_transform(model, crop_scale=train.crop_scale, hflip=train.hflip, randaugment=train.randaugment)
+        augment = train_transform(
+            model, crop_scale=train.crop_scale, crop_pad=train.crop_pad, hflip=train.hflip,
+            randaugment=train.randaugment,
+        )  # fmt: skip
         self.augmented = ImageSet(fit, augment, **read, seed=recipe.seed)
         self.batch_size, self.device = recipe.batch_size, next(model.parameters()).device
 

@@ -24,12 +24,16 @@ from torch import Tensor, nn
 
 from acmize.adaptive import AcmMlp, AcmOut, AcmProjections
 from acmize.cost import evaluating
+from acmize.importance import covariance, order_units
 from acmize.inputs import Batch, forward
 from acmize.layers import Contract, LowRank
+from acmize.ops import gemm
 from acmize.padding import rows, watching
 from acmize.plan import Plan, PlanEntry
+from acmize.registry import method_for
 
 Moments = dict[str, Tensor]
+ATTENTION = ("rotated", "paired")  # forms of the projections of one attention, filled together
 
 
 # --- statistics -----------------------------------------------------------------------------------------------
@@ -45,16 +49,21 @@ def collect_moments(dense: nn.Module, plan: Plan, batches: Iterable[Batch]) -> M
 
     Returns:
         Path of a layer -> (H, U + 1, U + 1) float64 moments of [z; 1] over tokens: of the hidden units read by an MLP's
-        fc2 (H = 1), of the outputs of each projection (a fused one gives H = 3 x heads), or of a single layer's input.
+        fc2 (H = 1), of the outputs of each projection (a fused one gives H = 3 x heads), of a single layer's input, or
+        of what `Method.moments` asks for.
     """
     wanted: dict[str, tuple[str, int]] = {}
     for e in plan.entries:
-        if e.kind == "mlp":
+        if e.form == "prefix":
             wanted[e.roles["fc2"]] = ("input", 1)
         elif e.form == "lowrank":
             wanted[e.target] = ("input", 1)
-        else:
+        elif e.form in ATTENTION:
             wanted |= _attention_outputs(e)
+        else:
+            wanted |= method_for(plan.config).moments(e)
+    if not wanted:
+        return {}
     modules, moments, handles = dict(dense.named_modules()), {}, []
 
     def hook(path: str, side: str, heads: int) -> Any:
@@ -64,7 +73,8 @@ def collect_moments(dense: nn.Module, plan: Plan, batches: Iterable[Batch]) -> M
                 z = z.permute(0, 2, 3, 1)
             z = rows(z, padding(path))
             z = F.pad(z.reshape(-1, heads, z.shape[-1] // heads).float(), (0, 1), value=1.0).transpose(0, 1)
-            moments[path] = moments.get(path, 0) + (z.mT @ z).double()
+            new = gemm(z[0].T, z[0].T)[None] if heads == 1 else z.mT @ z
+            moments[path] = moments.get(path, 0) + new.double()
 
         return add
 
@@ -93,6 +103,8 @@ def _attention_outputs(entry: PlanEntry) -> dict[str, tuple[str, int]]:
 def init_(model: nn.Module, dense: nn.Module, plan: Plan, moments: Moments) -> None:
     """Fill the adaptive modules of `model` from the weights of `dense`, exact at full width.
 
+    Forms that are not known here are filled by the plan's method (`Method.fill`).
+
     Args:
         model: converted by `convert_`.
         dense: the model before conversion.
@@ -101,12 +113,14 @@ def init_(model: nn.Module, dense: nn.Module, plan: Plan, moments: Moments) -> N
     """
     modules, adaptive = dict(dense.named_modules()), dict(model.named_modules())
     attention: dict[str, list[PlanEntry]] = {}
+    others = [e for e in plan.entries if e.form not in ("prefix", "lowrank", *ATTENTION)]
+    method_for(plan.config).fill(adaptive, modules, others, moments)
     for e in plan.entries:
-        if e.kind == "mlp":
+        if e.form == "prefix":
             _init_mlp(adaptive, modules, e, moments[e.roles["fc2"]][0])
         elif e.form == "lowrank":
             _init_lowrank(adaptive[e.target], modules[e.target], e, moments[e.target][0])
-        else:
+        elif e.form in ATTENTION:
             attention.setdefault(e.roles["out"], []).append(e)
     for entries in attention.values():
         _init_attention(adaptive, modules, entries, moments)
@@ -162,7 +176,7 @@ def _init_attention(
     shift_k = slots["k"].bias is not None
     shift_v = slots["v"].bias is not None and slots["out"].bias is not None
     for h in range(heads):
-        cov, mean = zip(*(_covariance(s[h]) for s in stats), strict=True)
+        cov, mean = zip(*(covariance(s[h]) for s in stats), strict=True)
         if e.options.get("rotate_qk", True):
             raw_q = stats[0][h][:-1, :-1] / stats[0][h][-1, -1]  # queries are not centred
             tq, tk = rotate_qk(raw_q, cov[1])
@@ -201,12 +215,12 @@ def _init_lowrank(acm: Any, dense: Any, e: PlanEntry, moments: Tensor) -> None:
         part = "qkv".index(e.kind)
         weight, bias = weight.chunk(3)[part], bias.chunk(3)[part]
         for key in acm.parts:
-            if type(getattr(acm, key)) is nn.Linear:
+            if not isinstance(getattr(acm, key), LowRank):
                 other = "qkv".index(key)
                 full, full_bias = _linear(dense)
                 _copy(getattr(acm, key), full.chunk(3)[other], full_bias.chunk(3)[other])
     lowrank: LowRank = getattr(acm, e.kind)
-    cov, mean = _covariance(moments)
+    cov, mean = covariance(moments)
     half, inverse = roots(cov)
     u, s, vt = torch.linalg.svd(weight @ half, full_matrices=False)
     rank = e.bounds[-1]
@@ -217,35 +231,6 @@ def _init_lowrank(acm: Any, dense: Any, e: PlanEntry, moments: Tensor) -> None:
 
 
 # --- linear algebra, float64 ----------------------------------------------------------------------------------
-
-
-def order_units(moments: Tensor, w2: Tensor) -> Tensor:
-    """Hidden units, greedily by the output variance they explain: pivoted Cholesky on their covariance.
-
-    Args:
-        moments: (U + 1, U + 1) augmented second moments.
-        w2: (O, U) weights that read the units.
-
-    Returns:
-        (U,) order. Wide layers take several units a step (at most 1/256 of them), which costs no accuracy that was seen
-        and makes the work one of matrix products.
-    """
-    r, _ = _covariance(moments)
-    units = len(r)
-    step = max(1, units // 256)
-    g, free, order = w2 @ r, torch.ones(units, dtype=torch.bool, device=r.device), []
-    floor = r.diagonal().max().clamp_min(1e-30) * 1e-9
-    while len(order) < units:
-        gain = g.square().sum(0) / r.diagonal().clamp_min(floor)
-        gain[~free] = -1.0
-        best = gain.topk(min(step, units - len(order))).indices
-        order += best.tolist()
-        free[best] = False
-        block = r[best][:, best] + floor * torch.eye(len(best), dtype=r.dtype, device=r.device)
-        scaled = torch.linalg.solve(block, r[best])
-        g = g - g[:, best] @ scaled
-        r = r - r[:, best] @ scaled
-    return torch.tensor(order)
 
 
 def rotate_qk(cq: Tensor, ck: Tensor) -> tuple[Tensor, Tensor]:
@@ -275,12 +260,6 @@ def roots(c: Tensor) -> tuple[Tensor, Tensor]:
     w, v = torch.linalg.eigh(c)
     w = w.clamp_min(w[-1].clamp_min(1e-30) * 1e-7)
     return (v * w.sqrt()) @ v.T, (v / w.sqrt()) @ v.T
-
-
-def _covariance(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """(U, U) covariance and (U,) mean from augmented moments."""
-    mean = moments[:-1, -1] / moments[-1, -1]
-    return moments[:-1, :-1] / moments[-1, -1] - mean[:, None] * mean, mean
 
 
 def _linear(layer: Any) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,11 @@ class Inputs:
     def __getitem__(self, index: slice) -> Inputs:
         return self._each(lambda tensor: tensor[index])
 
+    @property
+    def device(self) -> Any:
+        """Where the batch is."""
+        return next(iter(self.tensors.values())).device
+
     def to(self, device: Any) -> Inputs:
         """The batch on a device."""
         return self._each(lambda tensor: tensor.to(device))

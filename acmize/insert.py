@@ -7,6 +7,7 @@ from torch import nn
 from acmize import padding
 from acmize.errors import AcmizeError
 from acmize.gates import AdaptiveModule
+from acmize.layers import fast_products_
 from acmize.methods.token_merging import install_merging, why_not
 from acmize.plan import Plan
 from acmize.registry import method_for
@@ -49,4 +50,5 @@ def convert_(model: nn.Module, plan: Plan) -> nn.Module:
     padding.install(model, AdaptiveModule)
     if plan.merging is not None:
         install_merging(model)
+    fast_products_(model)
     return model

@@ -16,6 +16,24 @@ from acmize import ops
 from acmize.gates import Decision
 
 
+class Dense(nn.Linear):
+    """`nn.Linear` by the products of the adaptive layers (see `ops.gemm`), for what stays dense."""
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """X (..., D) -> (..., O)."""
+        if torch.compiler.is_compiling() or ops.pick_backend(x) != "sorted":
+            return super().forward(x)
+        y = ops.gemm(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def fast_products_(model: nn.Module) -> None:
+    """Make every plain linear layer a `Dense` one, in place: same parameters, same paths, still an `nn.Linear`."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Dense
+
+
 class Expand(nn.Linear):
     """A linear layer whose outputs are limited to each token's width.
 
@@ -63,7 +81,17 @@ class Expand(nn.Linear):
         """X (..., D) -> (..., H * U), zero beyond each token's width."""
         if decision.keep is not None or ops.pick_backend(x) == "masked":
             return self.masked(x, decision)
-        return self._placed(ops.expand(x, self.weight, self.bias, decision.choice, self.bounds, self.heads))
+        h = ops.expand(x, self.weight, self.bias, decision.choice, self.bounds, self.heads, decision.order)
+        return self._placed(h)
+
+    def write(self, x: Tensor, decision: Decision, out: Tensor) -> None:
+        """`forward` by the sorted backend into `out` (..., H * U), a part of a fused output."""
+        if self.order is not None:
+            out.copy_(self(x, decision))
+            return
+        assert decision.order is not None, "only the decision of a group can be sorted"
+        rows, into, order = x.flatten(0, -2), out.flatten(0, -2), decision.order(len(self.bounds) - 1)
+        ops.expand_sorted(rows, self.weight, self.bias, order, self.bounds, self.heads, out=into)
 
     def all_choices(self, x: Tensor) -> Tensor:
         """X (M, D) -> (M, N + 1, H * U): the output of every choice."""
@@ -99,7 +127,7 @@ class Contract(nn.Linear):
         """H (..., H * U) -> (..., O)."""
         if decision.keep is not None or ops.pick_backend(h) == "masked":
             return self.masked(h, decision)
-        return ops.contract(h, self.weight, self.table(), decision.choice, self.bounds, self.heads)
+        return ops.contract(h, self.weight, self.table(), decision.choice, self.bounds, self.heads, decision.order)
 
     def all_choices(self, h: Tensor) -> Tensor:
         """H (M, H * U) -> (M, N + 1, O): the output of every choice at once, for distillation."""
@@ -137,14 +165,14 @@ class LowRank(nn.Module):
     def __init__(self, dim: int, out: int, bounds: tuple[int, ...]) -> None:
         super().__init__()
         self.fc1, self.fc2 = Expand(dim, bounds[-1], True, bounds), Contract(bounds[-1], out, bounds)
-        self.act = nn.Identity()
+        self.act, self.out_features = nn.Identity(), out
 
     def forward(self, x: Tensor, decision: Decision) -> Tensor:
         """X (..., D) -> (..., O)."""
         if decision.keep is not None or ops.pick_backend(x) == "masked":
             return self.masked(x, decision)
-        ups = [(self.fc1.weight, self.fc1.bias)]
-        return ops.mlp(x, ups, self.act, self.fc2.weight, self.fc2.table(), decision.choice, self.fc1.bounds)
+        ups, down, table = [(self.fc1.weight, self.fc1.bias)], self.fc2.weight, self.fc2.table()
+        return ops.mlp(x, ups, self.act, down, table, decision.choice, self.fc1.bounds, decision.order)
 
     def masked(self, x: Tensor, decision: Decision) -> Tensor:
         """All the work, then a mask."""

@@ -13,12 +13,25 @@ from torch import Tensor
 
 
 def distillation(outputs_MKO: Tensor, target_MO: Tensor) -> Tensor:
-    """Mean over choices of the squared error against the dense output (arXiv 2312.10193, sect. 3.3, phase 1).
+    """Squared error of each choice against the dense output (arXiv 2312.10193, sect. 3.3, phase 1): (N,), k = 1..N.
 
     Relative to the target's own variance, so that layers of different scale weigh alike.
     """
-    error = (outputs_MKO[:, 1:] - target_MO[:, None]).square().mean()
-    return error / target_MO.detach().var().clamp_min(1e-12)
+    errors = (outputs_MKO[:, 1:] - target_MO[:, None]).square().mean((0, 2))
+    return errors / target_MO.detach().var().clamp_min(1e-12)
+
+
+def anchored(errors_N: Tensor, start_N: Tensor, floor: float = 0.01) -> Tensor:
+    """Mean over choices of the error relative to where it started: what was exact at first stays so.
+
+    The plain mean buys a little at small k with the exactness at full width, where the important tokens are.
+
+    Args:
+        errors_N: from `distillation`.
+        start_N: the same of the learners before training.
+        floor: added to the start.
+    """
+    return (errors_N / (start_N + floor)).mean()
 
 
 def gamma_deviance(log_damage: Tensor, damage: Tensor, floor: float = 1e-9) -> Tensor:

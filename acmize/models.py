@@ -111,7 +111,8 @@ KEPT = (
 def _known(name: str) -> None:
     import timm
 
-    import acmize.quickstart_model  # noqa: F401 - registers the model that ships with the package
+    import acmize.cifar_models
+    import acmize.quickstart_model  # noqa: F401 - both register models of this package
 
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name.split('.')[0][:12]}*")[:4])

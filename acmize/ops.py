@@ -21,9 +21,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
-from itertools import pairwise
-from typing import NamedTuple
+from functools import lru_cache, partial, wraps
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -92,21 +92,47 @@ def mask_units(h: Tensor, keep_MN: Tensor, bounds: Sequence[int], heads: int) ->
 # --- dispatch -------------------------------------------------------------------------------------------------
 
 
-def expand(x: Tensor, weight: Tensor, bias: Tensor | None, choice: Tensor, bounds: Sequence[int], heads: int) -> Tensor:
-    """Expand at adaptive cost: x (..., D), choice (...) -> (..., H * U), zero beyond each token's width."""
-    run = torch.ops.acmize.expand if torch.compiler.is_compiling() else _expand
-    out = run(x.flatten(0, -2), weight, bias, choice.flatten(), list(bounds), heads)
-    return out.unflatten(0, x.shape[:-1])
+def expand(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    choice: Tensor,
+    bounds: Sequence[int],
+    heads: int,
+    order: Callable[[int], Order] | None = None,
+) -> Tensor:
+    """Expand at adaptive cost: x (..., D), choice (...) -> (..., H * U), zero beyond each token's width.
+
+    `order`, here and below: learners -> the choice sorted, asked for by the sorted backend alone.
+    """
+    run = torch.ops.acmize.expand if torch.compiler.is_compiling() else partial(_expand, order=order)
+    y = run(x.flatten(0, -2), weight, bias, choice.flatten(), list(bounds), heads)
+    return y.unflatten(0, x.shape[:-1])
 
 
-def contract(h: Tensor, weight: Tensor, table: Tensor, choice: Tensor, bounds: Sequence[int], heads: int) -> Tensor:
+def contract(
+    h: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    choice: Tensor,
+    bounds: Sequence[int],
+    heads: int,
+    order: Callable[[int], Order] | None = None,
+) -> Tensor:
     """Contract at adaptive cost: h (..., H * U), choice (...) -> (..., O); `table` (N + 1, O) is added by choice."""
-    run = torch.ops.acmize.contract if torch.compiler.is_compiling() else _contract
+    run = torch.ops.acmize.contract if torch.compiler.is_compiling() else partial(_contract, order=order)
     return run(h.flatten(0, -2), weight, table, choice.flatten(), list(bounds), heads).unflatten(0, h.shape[:-1])
 
 
 def mlp(
-    x: Tensor, ups: Sequence[Up], act: Act, down: Tensor, table: Tensor, choice: Tensor, bounds: Sequence[int]
+    x: Tensor,
+    ups: Sequence[Up],
+    act: Act,
+    down: Tensor,
+    table: Tensor,
+    choice: Tensor,
+    bounds: Sequence[int],
+    order: Callable[[int], Order] | None = None,
 ) -> Tensor:
     """Expand, activation and contract at adaptive cost: x (..., D), choice (...) -> (..., O).
 
@@ -118,10 +144,11 @@ def mlp(
         table: (N + 1, O) what is added for each choice.
         choice: learners each token runs.
         bounds: cumulative widths.
+        order: see `expand`.
     """
     tokens, flat, whole = x.flatten(0, -2), choice.flatten(), list(bounds)
     if not torch.compiler.is_compiling():
-        return _mlp(tokens, ups, act, down, table, flat, whole).unflatten(0, x.shape[:-1])
+        return _mlp(tokens, ups, act, down, table, flat, whole, order).unflatten(0, x.shape[:-1])
     name = act_name(act)
     assert name is not None, "the caller takes the masked path for an activation without a name"
     weights, biases = [w for w, _ in ups], [w[:, 0] if b is None else b for w, b in ups]
@@ -130,23 +157,34 @@ def mlp(
     return y.unflatten(0, x.shape[:-1])
 
 
-def _expand(x: Tensor, weight: Tensor, bias: Tensor | None, choice: Tensor, bounds: list[int], heads: int) -> Tensor:
+def _sorted(choice: Tensor, bounds: Sequence[int], order: Callable[[int], Order] | None) -> Order:
+    return sort_tokens(choice[:, None], len(bounds) - 1)[0] if order is None else order(len(bounds) - 1)
+
+
+def _expand(
+    x: Tensor, weight: Tensor, bias: Tensor | None, choice: Tensor, bounds: list[int], heads: int,
+    order: Callable[[int], Order] | None = None,
+) -> Tensor:  # fmt: skip
     if pick_backend(x) == "triton":
         return linear.expand(x, weight, bias, order_on_device(choice, bounds), heads)
-    return expand_sorted(x, weight, bias, sort_tokens(choice, len(bounds) - 1), bounds, heads)
+    return expand_sorted(x, weight, bias, _sorted(choice, bounds, order), bounds, heads)
 
 
-def _contract(h: Tensor, weight: Tensor, table: Tensor, choice: Tensor, bounds: list[int], heads: int) -> Tensor:
+def _contract(
+    h: Tensor, weight: Tensor, table: Tensor, choice: Tensor, bounds: list[int], heads: int,
+    order: Callable[[int], Order] | None = None,
+) -> Tensor:  # fmt: skip
     if pick_backend(h) == "triton":
         return linear.contract(h, weight, table, order_on_device(choice, bounds), heads)
-    return contract_sorted(h, weight, table, sort_tokens(choice, len(bounds) - 1), bounds, heads)
+    return contract_sorted(h, weight, table, _sorted(choice, bounds, order), bounds, heads)
 
 
 def _mlp(
-    x: Tensor, ups: Sequence[Up], act: Act, down: Tensor, table: Tensor, choice: Tensor, bounds: Sequence[int]
-) -> Tensor:
+    x: Tensor, ups: Sequence[Up], act: Act, down: Tensor, table: Tensor, choice: Tensor, bounds: Sequence[int],
+    order: Callable[[int], Order] | None = None,
+) -> Tensor:  # fmt: skip
     if pick_backend(x) != "triton":
-        return mlp_sorted(x, ups, act, down, table, sort_tokens(choice, len(bounds) - 1), bounds)
+        return mlp_sorted(x, ups, act, down, table, _sorted(choice, bounds, order), bounds)
     tokens, name = order_on_device(choice, bounds), _FUSED.get(act_name(act) or "")
     if name is not None:
         return linear.mlp(x, ups, name, down, table, tokens)
@@ -157,33 +195,41 @@ def _mlp(
 # --- sorted: CPU inference ------------------------------------------------------------------------------------
 
 
-OVERHEAD_MACS = 1_000_000  # what a product more costs beside its MACs (calls, slices, adding), in MACs: about 20 us
-ONEDNN_MACS = 16_000_000  # a product from which on oneDNN's own preparations are small beside it
+OVERHEAD_MACS = 2_000_000  # what a product more costs beside its MACs (calls, slices, adding), in MACs: about 20 us
+ONEDNN_MACS = 1_000_000  # a product from which on oneDNN's own preparations are small beside it
+FEW = 1 << 17  # numbers up to which one product with a mask is faster than zeroing learner by learner
 
 
 class Order(NamedTuple):
-    """Tokens by falling choice: `index` (M,) into the tokens, their `choice` (M,), `counts[n]` that run learner n."""
+    """Tokens by falling choice: `index` (M,) into the tokens, `inverse` (M,) back, `choice` (M,) in that order.
+
+    `counts[n]` tokens, the first ones, run learner n.
+    """
 
     index: Tensor
+    inverse: Tensor
     choice: Tensor
     counts: list[int]
 
 
 class Run(NamedTuple):
-    """One product: units lo..hi of the first `count` tokens; `cut` where some of these stop before hi."""
+    """One product: units lo..hi of the first `count` tokens."""
 
     count: int
     lo: int
     hi: int
-    cut: bool
 
 
-def sort_tokens(choice_M: Tensor, num_learners: int) -> Order:
-    """Sort once; the counts are the only thing read back to the host."""
-    choice, index = choice_M.sort(descending=True)
-    runs = torch.bincount(choice_M, minlength=num_learners + 1)
-    counts = runs.flip(0).cumsum(0).flip(0)[1:]
-    return Order(index, choice, counts.tolist())
+def sort_tokens(choice_MG: Tensor, num_learners: int) -> list[Order]:
+    """Sort each of G choices, all at once; the counts are the only thing read back to the host."""
+    groups, choices = choice_MG.shape[1], num_learners + 1
+    choice_GM, index_GM = choice_MG.T.sort(dim=1, descending=True)
+    places = torch.arange(len(choice_MG), device=choice_MG.device).expand_as(index_GM)
+    inverse_GM = torch.empty_like(index_GM).scatter_(1, index_GM, places)
+    shifted = choice_MG + torch.arange(0, groups * choices, choices, device=choice_MG.device)
+    histograms = torch.bincount(shifted.flatten(), minlength=groups * choices).view(groups, choices).tolist()
+    counts = [list(accumulate(reversed(h[1:])))[::-1] for h in histograms]
+    return [Order(*parts) for parts in zip(index_GM, inverse_GM, choice_GM, counts, strict=True)]
 
 
 def plan_runs(counts: Sequence[int], bounds: Sequence[int], unit_macs: int) -> list[Run]:
@@ -200,45 +246,51 @@ def plan_runs(counts: Sequence[int], bounds: Sequence[int], unit_macs: int) -> l
             break
         wasted = (out[-1].count - count) * (bounds[n + 1] - bounds[n]) * unit_macs if out else 0
         if out and wasted <= OVERHEAD_MACS:
-            out[-1] = out[-1]._replace(hi=bounds[n + 1], cut=out[-1].cut or wasted > 0)
+            out[-1] = out[-1]._replace(hi=bounds[n + 1])
         else:
-            out.append(Run(count, bounds[n], bounds[n + 1], False))
+            out.append(Run(count, bounds[n], bounds[n + 1]))
     return out
 
 
 def expand_sorted(
-    x_MD: Tensor, weight: Tensor, bias: Tensor | None, order: Order, bounds: Sequence[int], heads: int
+    x_MD: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    order: Order,
+    bounds: Sequence[int],
+    heads: int,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Expand in sorted order: x of sorted tokens -> (M, H * U) in the original order, zero beyond each width."""
+    """Expand in sorted order: (M, D) -> (M, H * U) in the original order, zero beyond each token's width.
+
+    `out` (M, H * U), of any strides, is where the result goes: a part of a fused output needs no second copy.
+    """
     x = x_MD.index_select(0, order.index)
     h = x.new_zeros(len(x), heads, weight.shape[0] // heads)
     w = weight.unflatten(0, (heads, -1))
     b = None if bias is None else bias.unflatten(0, (heads, -1))
     for run in plan_runs(order.counts, bounds, heads * weight.shape[1]):
-        count, lo, hi = run.count, run.lo, run.hi
-        part_w = w[:, lo:hi].flatten(0, 1)
-        part = gemm(x[: _rows(count, x, part_w)], part_w, None if b is None else b[:, lo:hi].flatten())
-        part = part[:count].unflatten(-1, (heads, -1))
-        h[:count, :, lo:hi] = part * _runs_unit(order, run, bounds).unsqueeze(1) if run.cut else part
-    return torch.empty_like(h).index_copy_(0, order.index, h).flatten(1)
+        part_w = w[:, run.lo : run.hi].flatten(0, 1)
+        part_b = None if b is None else b[:, run.lo : run.hi].flatten()
+        part = gemm(x[: _rows(run.count, x, part_w)], part_w, part_b)[: run.count]
+        h[: run.count, :, run.lo : run.hi] = part.unflatten(-1, (heads, -1))
+    cut_(h, order, bounds)
+    return torch.index_select(h.flatten(1), 0, order.inverse, out=out)
 
 
 def contract_sorted(
     h_MU: Tensor, weight: Tensor, table: Tensor, order: Order, bounds: Sequence[int], heads: int
 ) -> Tensor:
-    """Contract in sorted order: h (M, H * U) -> (M, O) in the original order."""
+    """Contract in sorted order: (M, H * U) -> (M, O) in the original order."""
     y = table.index_select(0, order.choice)
     w = weight.T.unflatten(0, (heads, -1))
     h = h_MU.index_select(0, order.index).unflatten(-1, (heads, -1))
+    cut_(h, order, bounds)
     for run in plan_runs(order.counts, bounds, heads * weight.shape[0]):
-        count, lo, hi = run.count, run.lo, run.hi
-        part_w = w[:, lo:hi].flatten(0, 1).T
-        part = h[: _rows(count, h, part_w), :, lo:hi]
-        if run.cut:
-            part = part.contiguous()
-            part[:count] *= _runs_unit(order, run, bounds).unsqueeze(1)
-        y[:count] += gemm(part.flatten(1), part_w)[:count]
-    return torch.empty_like(y).index_copy_(0, order.index, y)
+        part_w = w[:, run.lo : run.hi].flatten(0, 1).T
+        part = h[: _rows(run.count, h, part_w), :, run.lo : run.hi].flatten(1)
+        y[: run.count] += gemm(part, part_w)[: run.count]
+    return y.index_select(0, order.inverse)
 
 
 def mlp_sorted(
@@ -248,27 +300,45 @@ def mlp_sorted(
     x = x_MD.index_select(0, order.index)
     y = table.index_select(0, order.choice)
     for run in plan_runs(order.counts, bounds, len(ups) * x.shape[1] + y.shape[1]):
-        count, lo, hi = run.count, run.lo, run.hi
-        rows = x[: _rows(count, x, down[:, lo:hi])]
-        first, *value = (gemm(rows, w[lo:hi], None if b is None else b[lo:hi]) for w, b in ups)
-        hidden = act(first) * value[0] if value else act(first)
-        if run.cut:
-            hidden[:count] *= _runs_unit(order, run, bounds)
-        y[:count] += gemm(hidden, down[:, lo:hi])[:count]
-    return torch.empty_like(y).index_copy_(0, order.index, y)
+        lo, hi, part_w = run.lo, run.hi, down[:, run.lo : run.hi]
+        rows = x[: _rows(run.count, x, part_w)]
+        (w, b), *others = ups
+        hidden = gemm(rows, w[lo:hi], None if b is None else b[lo:hi], act)
+        for w, b in others:
+            hidden *= gemm(rows, w[lo:hi], None if b is None else b[lo:hi])
+        cut_(hidden[: run.count, None], order, bounds, lo)
+        y[: run.count] += gemm(hidden, part_w)[: run.count]
+    return y.index_select(0, order.inverse)
 
 
-def _runs_unit(order: Order, run: Run, bounds: Sequence[int]) -> Tensor:
-    """(count, hi - lo) bool: whether a token runs a unit."""
-    return order.choice[: run.count, None] > _learner_of(tuple(bounds), order.choice.device)[run.lo : run.hi]
+def cut_(h: Tensor, order: Order, bounds: Sequence[int], first: int = 0) -> None:
+    """Zero what tokens do not run, in place: h (tokens, H, units) in sorted order, its units from `first` on."""
+    tokens, last = len(h), first + h.shape[-1]
+    if h.numel() <= FEW:
+        mask = _runs_unit(tuple(bounds), h.dtype, h.device)[:, first:last]
+        h *= mask.index_select(0, order.choice[:tokens]).unsqueeze(1)
+        return
+    for n, count in enumerate(order.counts):
+        if first <= bounds[n] < last and count < tokens:
+            h[count:, :, bounds[n] - first : bounds[n + 1] - first] = 0
 
 
 @lru_cache(maxsize=256)
-def _learner_of(bounds: tuple[int, ...], device: torch.device) -> Tensor:
-    """(U,) the learner that each unit belongs to."""
+def _runs_unit(bounds: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(N + 1, U): one where a choice runs a unit, else zero."""
     with torch.inference_mode(False):
-        widths = torch.tensor([b - a for a, b in pairwise(bounds)])
-        return torch.arange(len(widths)).repeat_interleave(widths).to(device)
+        units = torch.arange(bounds[-1], device=device)
+        return (units < torch.tensor(bounds, device=device)[:, None]).to(dtype)
+
+
+# What oneDNN can do to its output while it writes it: acmize's name of an activation -> (name, algorithm).
+_POST_OPS = {
+    "identity": ("none", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "relu": ("relu", ""),
+    "silu": ("swish", ""),
+}
 
 
 def _onednn(x: Tensor) -> bool:
@@ -282,16 +352,41 @@ def _rows(count: int, x: Tensor, weight: Tensor) -> int:
     """Rows of x to multiply for `count` tokens: oneDNN compiles a kernel for every shape it meets; keep them few."""
     if count * weight.numel() < ONEDNN_MACS or not _onednn(x):
         return count
-    step = max(16, len(x) // 512 * 16)
+    step = max(16, 1 << max(0, count.bit_length() - 4))  # at most an eighth more, in the mean a thirty-second
     return min(len(x), -(-count // step) * step)
 
 
-def gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`; by oneDNN where that is fast, which it is not (by three orders) for weights with gaps in memory."""
+def gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: Act | None = None) -> Tensor:
+    """`act(F.linear(x))`; by oneDNN where that is fast, which it is not (by three orders) for weights with gaps.
+
+    Args:
+        x: (M, D).
+        weight: (O, D), of any strides.
+        bias: (O,).
+        act: elementwise, or None.
+    """
     large = len(x) * weight.numel() >= ONEDNN_MACS and (weight.is_contiguous() or weight.T.is_contiguous())
-    if large and _onednn(x):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    if not (large and _onednn(x)):
+        y = F.linear(x, weight, bias)
+        return y if act is None else act(y)
+    post = None if act is None else _POST_OPS.get(act_name(act) or "")
+    name, algorithm = post or ("none", "")
+    y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
+    return y if act is None or post else act(y)
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def eager(function: _F) -> _F:
+    """Keep a function out of compiled graphs: what it runs depends on counts that change with every input."""
+    uncompiled = torch.compiler.disable(function)
+
+    @wraps(function)
+    def call(*args: Any) -> Any:  # the guard costs microseconds, so it stands where it is needed alone
+        return (uncompiled if torch.compiler.is_compiling() else function)(*args)
+
+    return call  # pyright: ignore[reportReturnType]
 
 
 # --- seen by torch.compile ------------------------------------------------------------------------------------
@@ -309,18 +404,25 @@ _FUSED = {"identity": "none", "gelu": "gelu", "silu": "silu"}  # acmize's names 
 
 def act_name(act: Act) -> str | None:
     """The name under which an operator knows an activation; None for one it does not know."""
-    if isinstance(act, nn.GELU):
+    if type(act) is nn.GELU:
         return "gelu" if act.approximate == "none" else "gelu_tanh"
-    known = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Identity: "identity"}
-    return known.get(type(act))  # pyright: ignore[reportArgumentType]
+    modules: dict[Any, str] = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Identity: "identity"}
+    functions: dict[Any, str] = {F.gelu: "gelu", F.silu: "silu", F.relu: "relu", torch.sigmoid: "sigmoid"}
+    return modules.get(type(act)) or functions.get(act)
 
 
-torch.library.custom_op("acmize::expand", _expand, mutates_args=())
-torch.library.custom_op("acmize::contract", _contract, mutates_args=())
+@torch.library.custom_op("acmize::expand", mutates_args=())
+def _expand_op(x: Tensor, weight: Tensor, bias: Tensor | None, choice: Tensor, bounds: list[int], heads: int) -> Tensor:
+    return _expand(x, weight, bias, choice, bounds, heads)
+
+
+@torch.library.custom_op("acmize::contract", mutates_args=())
+def _contract_op(h: Tensor, weight: Tensor, table: Tensor, choice: Tensor, bounds: list[int], heads: int) -> Tensor:
+    return _contract(h, weight, table, choice, bounds, heads)
 
 
 @torch.library.custom_op("acmize::mlp", mutates_args=())
-def _mlp_by_name(
+def _mlp_op(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], has_bias: Sequence[bool], act: str, down: Tensor,
     table: Tensor, choice: Tensor, bounds: Sequence[int],
 ) -> Tensor:  # fmt: skip

@@ -7,7 +7,7 @@ that a saved model can be rebuilt without data, network or base weights.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
@@ -24,10 +24,13 @@ class Site:
 
     Attributes:
         fqn: its dotted path, the name used in plans.
-        kind: "mlp", "attention" or "linear".
+        kind: "mlp", "attention" or "linear"; of CNNs "block" (a residual block), "channels" (a chain of layers) or
+            "partial" (a partial convolution).
         roles: role -> dotted path: an MLP has fc1, fc2 and, where it is one module with a known activation, module
-            and act; attention has qkv (fused) or q, k, v, and out.
-        options: heads, rotate_qk, rotate_vo (attention); gated, channels_first, drop1, drop2 (mlp).
+            and act; attention has qkv (fused) or q, k, v, and out; a block has module, the module whose output is
+            added to the shortcut (branch), and, where the shortcut passes through one, that module (rest).
+        options: heads, rotate_qk, rotate_vo (attention); gated, channels_first, drop1, drop2 (mlp); between, residual
+            (channels); channels (partial).
     """
 
     fqn: str
@@ -58,6 +61,43 @@ class Site:
         """A single linear layer, converted in the low-rank form."""
         return cls(fqn=fqn, kind="linear", roles={"module": fqn})
 
+    @classmethod
+    def block(cls, fqn: str, *, branch: str | None = None, rest: str | None = None) -> Site:
+        """A residual block, y = rest(x + F(x)), named by its path; `rest` is the identity where it is None.
+
+        Args:
+            fqn: of the block.
+            branch: of the module inside whose output is F(x), where it has one.
+            rest: of the module inside through which a skipped input still passes, such as the last activation.
+        """
+        named = {"module": fqn, "branch": branch, "rest": rest}
+        return cls(fqn=fqn, kind="block", roles={role: path for role, path in named.items() if path is not None})
+
+    @classmethod
+    def channels(
+        cls, fqn: str, layers: Sequence[str], between: Sequence[Sequence[str]], *, residual: bool = True
+    ) -> Site:
+        """A chain of convolutions (or linear layers), called one after the other with nothing else between them.
+
+        Args:
+            fqn: its name.
+            layers: paths of two or more, in order.
+            between: paths of the norms, activations and poolings behind each of them but the last.
+            residual: whether the output is added to something, so that no inner channel at all need run.
+        """
+        roles = {f"layer{i}": path for i, path in enumerate(layers)}
+        return cls(
+            fqn=fqn,
+            kind="channels",
+            roles=roles,
+            options={"between": [list(b) for b in between], "residual": residual},
+        )
+
+    @classmethod
+    def partial(cls, fqn: str, conv: str, channels: int) -> Site:
+        """A partial convolution: `conv` on the leading channels of `channels`, the identity on the rest."""
+        return cls(fqn=fqn, kind="partial", roles={"module": fqn, "conv": conv}, options={"channels": channels})
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanEntry:
@@ -67,14 +107,14 @@ class PlanEntry:
         fqn: unique name; for a part of a fused layer the layer's path and the part ("blocks.0.attn.qkv.q").
         target: path of the module that is replaced.
         gate_at: path of the module whose gate decides; entries that share a gate name the same one.
-        kind: "mlp", "q", "k", "v", "out" or "linear".
-        form: "prefix", "rotated", "paired" (under rotary positions) or "lowrank".
+        kind: "mlp", "q", "k", "v", "out" or "linear"; another method's are its own.
+        form: "prefix", "rotated", "paired" (under rotary positions) or "lowrank"; another method's are its own.
         bounds: cumulative widths (0, ..., units), one more than there are learners.
         heads: heads cut alike.
         learner_macs: MACs a token of each learner.
         gate_macs: MACs a token of this entry's share of its gate.
         min_choice: least number of learners a token runs.
-        tokens: tokens a sample at the model's own input size.
+        tokens: tokens a sample at the model's own input size; 1 where a sample has one decision.
         macs: MACs a sample of the dense site.
         roles: paths of the layers it was made of.
         options: of its site.
@@ -234,6 +274,11 @@ class Plan:
     def schedule(self, budget: float) -> tuple[int, ...]:
         """Pairs merged before each block at a budget; empty without merging."""
         return () if self.merging is None else self.merging.schedule(budget)
+
+    @property
+    def exact(self) -> bool:
+        """Whether full width equals the dense model before any training."""
+        return getattr(self.config, "init", "pretrained") != "random"
 
     @property
     def budget_range(self) -> tuple[float, float]:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from acmize.errors import AcmizeError
-from acmize.methods.acm import AcmConfig
 from acmize.phases._loop import FitConfig
 from acmize.phases.finetune import FinetuneConfig
+from acmize.registry import config_class, method_for, methods
 
 PHASES = ("distill", "gates", "finetune")
+LABELS = ("damage", "threshold", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,8 @@ class GateOptions:
     """Phase 2.
 
     Attributes:
-        labels: "damage", or the published "threshold" labels with improvement factor `tau`.
+        labels: "damage", the published "threshold" labels of ACM with improvement factor `tau`, or "none": nothing is
+            fitted, and the gates stay at their start.
         rounds: times damages are collected: first at full width, then with the gates on at drawn `budgets`.
         images: unlabelled images used at most in a round.
         draws: classes drawn an image.
@@ -67,13 +69,17 @@ class GateOptions:
 class TrainOptions:
     """Phase 3: epochs, AdamW at `lr`, and the augmentation of timm.data.
 
-    `crop_scale`, `randaugment` and `hflip` (probability; 0 where left and right differ, as with digits) serve phase 1
-    too. With `interpolate`, how far to go from the weights before phase 3 is chosen on the held-out images.
+    Gates are trained at `gate_lr` and `gate_decay` (weight decay) where given, else like the rest. `crop_scale`,
+    `crop_pad` (in place of the scaled crop: pad by so many pixels, then crop at random, as is usual at 32x32),
+    `randaugment` and `hflip` (probability; 0 where left and right differ, as with digits) serve phase 1 too. With
+    `interpolate`, how far to go from the weights before phase 3 is chosen on the held-out images.
     """
 
     epochs: int = 12
     lr: float = 1e-4
     weight_decay: float = 0.01
+    gate_lr: float | None = None
+    gate_decay: float | None = None
     warmup: float = 0.05
     ema_decay: float | None = None
     accumulate: int = 1
@@ -81,6 +87,7 @@ class TrainOptions:
     cutmix: float = 0.0
     randaugment: str | None = None
     crop_scale: tuple[float, float] = (0.35, 1.0)
+    crop_pad: int | None = None
     hflip: float = 0.5
     interpolate: bool = True
 
@@ -88,7 +95,10 @@ class TrainOptions:
         low, high = self.crop_scale
         _in_range(
             self, mixup=self.mixup >= 0, cutmix=self.cutmix >= 0, hflip=0 <= self.hflip <= 1,
-            crop_scale=0 < low <= high <= 1, weight_decay=self.weight_decay >= 0,
+            crop_scale=0 < low <= high <= 1, crop_pad=self.crop_pad is None or self.crop_pad >= 0,
+            weight_decay=self.weight_decay >= 0,
+            gate_lr=self.gate_lr is None or self.gate_lr > 0,
+            gate_decay=self.gate_decay is None or self.gate_decay >= 0,
         )  # fmt: skip
 
 
@@ -101,7 +111,9 @@ class Recipe:
         budgets: further budgets that are calibrated and evaluated.
         phases: which of distill, gates, finetune train; without "gates" or with none of them, gates are still fitted
             in closed form on collected statistics.
-        acm: sizes of the learners and gates.
+        method: name of a registered method: acm, or one for CNNs.
+        config: its config, such as `AcmConfig`; None: the method's defaults. In options it may also stand under the
+            method's own name (`acm: {num_learners: 4}`), which then names the method too.
         distill: options of phase 1.
         gates: options of phase 2.
         train: options of phase 3.
@@ -109,6 +121,8 @@ class Recipe:
         target_modules: globs or declarations, see `hosts.parse_targets`.
         exclude: globs of what stays dense.
         merge: tokens merged before each block: "auto" (as suits the budget, where it is sound), "none", or a number.
+        fit_batch: leave sites dense whose learners do not pay on this device in batches of this size (measured); None:
+            convert whatever can be.
         data: where the data came from.
         limit: samples a split at most.
         holdout: share of the training images kept for calibration.
@@ -122,7 +136,8 @@ class Recipe:
     budget: float = 0.5
     budgets: tuple[float, ...] = (0.9, 0.75, 0.6, 0.5, 0.4)
     phases: tuple[str, ...] = PHASES
-    acm: AcmConfig = field(default_factory=AcmConfig)
+    method: str = "acm"
+    config: Any = None
     distill: DistillOptions = field(default_factory=DistillOptions)
     gates: GateOptions = field(default_factory=GateOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
@@ -130,6 +145,7 @@ class Recipe:
     target_modules: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     merge: str | int = "auto"
+    fit_batch: int | None = None
     data: str | None = None
     limit: int | None = None
     holdout: float = 0.15
@@ -143,17 +159,24 @@ class Recipe:
         unknown = [p for p in self.phases if p not in PHASES]
         if unknown:
             raise AcmizeError(f"phases: found {unknown[0]!r}, expected none, all, or some of {', '.join(PHASES)}")
-        if self.gates.labels not in ("damage", "threshold"):
-            raise AcmizeError(f"gate labels: found {self.gates.labels!r}, expected damage or threshold")
-        needed = {"damage": "damage", "threshold": "classification"}[self.gates.labels]
-        if self.acm.gate != needed:
+        expected = _config_class(self.method)
+        config: Any = expected() if self.config is None else self.config
+        object.__setattr__(self, "config", config)
+        if type(config) is not expected:
+            found = type(config).__name__
+            raise AcmizeError(f"config: found {found}, expected {expected.__name__}, of method {self.method!r}")
+        if self.gates.labels not in LABELS:
+            raise AcmizeError(f"gate labels: found {self.gates.labels!r}, expected {' or '.join(LABELS)}")
+        allowed = method_for(config).gates
+        if self.gates.labels not in allowed[config.gate]:
+            fit = " or ".join(repr(g) for g, labels in allowed.items() if self.gates.labels in labels) or "no gate"
             raise AcmizeError(
-                f"gate labels {self.gates.labels!r} need gate={needed!r}, found {self.acm.gate!r}; set both or neither"
+                f"gate labels {self.gates.labels!r} need gate={fit}, found {config.gate!r}; set both or neither"
             )
         _in_range(
             self, budget=0 < self.budget <= 1, budgets=all(0 < b <= 1 for b in self.budgets),
             limit=self.limit is None or self.limit >= 1, batch_size=self.batch_size >= 1, moments=self.moments >= 1,
-            seed=self.seed >= 0,
+            seed=self.seed >= 0, fit_batch=self.fit_batch is None or self.fit_batch >= 1,
         )  # fmt: skip
         for phase in (self.distill, self.train):  # what the loop would refuse an hour from now
             rest = {k: getattr(phase, k) for k in ("warmup", "ema_decay", "accumulate") if hasattr(phase, k)}
@@ -174,7 +197,7 @@ class Recipe:
         Raises:
             AcmizeError: an option that does not exist, or a value that does not fit.
         """
-        return _build(cls, d, "recipe")
+        return _build(cls, _one_config(d), "recipe")
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -190,8 +213,8 @@ def preset(name: str) -> dict[str, Any]:
             "acm": {"num_learners": 4, "gate": "classification", "projections": "lowrank", "init": "random"},
             "distill": {"epochs": 2, "lr": 1e-3},
             "gates": {"labels": "threshold", "rounds": 1},
-            "train": {"interpolate": False},
-            "losses": {"task": 1.0, "teacher": 0.0, "features": 0.0},
+            "train": {"lr": 1e-4, "interpolate": False},
+            "losses": {"task": 1.0, "teacher": 0.0, "features": 0.0, "entropy": 0.05, "diversity": 0.05},
             "merge": "none",
             "one_budget": True,
         }
@@ -201,7 +224,12 @@ def preset(name: str) -> dict[str, Any]:
 def resolve(*layers: dict[str, Any], preset_name: str = "default") -> Recipe:
     """Merge a preset and dictionaries of options, later ones first in rank, into a recipe."""
     merged: dict[str, Any] = {}
-    for layer in (preset(preset_name), *layers):
+    given = [_one_config(layer) for layer in (preset(preset_name), *layers)]
+    name = next((layer["method"] for layer in reversed(given) if "method" in layer), Recipe.method)
+    if given[0].get("method", name) != name:
+        found = f"preset {preset_name}: is one of method {given[0]['method']}, found method {name}"
+        raise AcmizeError(f"{found}; leave one of them out")
+    for layer in ({**methods()[name][0].defaults} if name in methods() else {}, *given):
         _merge(merged, layer)
     if merged.pop("one_budget", False):
         budget = merged.setdefault("budget", Recipe.budget)
@@ -209,12 +237,45 @@ def resolve(*layers: dict[str, Any], preset_name: str = "default") -> Recipe:
         merged.setdefault("budgets", (budget,))
     if isinstance(merged.get("phases"), str):
         merged["phases"] = named_phases(merged["phases"])
-    gates, acm = merged.setdefault("gates", {}), merged.setdefault("acm", {})
-    if not isinstance(gates, dict) or not isinstance(acm, dict):
-        raise AcmizeError("gates, acm: expected options such as `acm: {num_learners: 4}`")
-    if "labels" in gates and "gate" not in acm:  # one option decides both
-        acm["gate"] = "classification" if gates["labels"] == "threshold" else "damage"
+    gates, config = merged.setdefault("gates", {}), merged.setdefault("config", {})
+    if not isinstance(gates, dict) or not isinstance(config, dict):
+        raise AcmizeError("gates, config: expected options such as `acm: {num_learners: 4}`")
+    _match(gates, config, name)
     return Recipe.from_dict(merged)
+
+
+def _match(gates: dict[str, Any], config: dict[str, Any], name: str) -> None:
+    """One of the gate and its labels decides the other where it is not given."""
+    if name not in methods():
+        return  # refused by name a moment later
+    method, cls = methods()[name]
+    usual = next(f.default for f in dataclasses.fields(cls) if f.name == "gate")
+    if "labels" in gates and "gate" not in config:
+        fit = [gate for gate, labels in method.gates.items() if gates["labels"] in labels]
+        if fit:
+            config["gate"] = usual if usual in fit else fit[0]
+    elif "labels" not in gates and config.get("gate", usual) in method.gates:
+        gates["labels"] = method.gates[config.get("gate", usual)][0]
+
+
+def _one_config(d: dict[str, Any]) -> dict[str, Any]:
+    """Options with the config under "config", wherever it stood: there, or under a method's own name."""
+    named = [key for key in d if str(key).replace("_", "-") in methods()]
+    if not named:
+        return d
+    key = named[0]
+    name = key.replace("_", "-")
+    if len(named) > 1 or "config" in d or d.get("method", name) != name:
+        told = [*named, *(k for k in ("config", "method") if k in d)]
+        raise AcmizeError(f"recipe: found {', '.join(told)}, expected the config of one method")
+    return {**{k: v for k, v in d.items() if k != key}, "method": name, "config": d[key]}
+
+
+def _config_class(name: str) -> type:
+    try:
+        return config_class(name)
+    except ValueError as error:
+        raise AcmizeError(str(error)) from None
 
 
 def named_phases(text: str) -> tuple[str, ...]:
@@ -251,7 +312,6 @@ def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
 
 
 _NESTED: dict[str, type] = {
-    "acm": AcmConfig,
     "distill": DistillOptions,
     "gates": GateOptions,
     "train": TrainOptions,
@@ -268,6 +328,8 @@ def _build(cls: type, d: dict[str, Any], where: str) -> Any:
     for key, value in d.items():
         if cls is Recipe and key in _NESTED and isinstance(value, dict):
             value = _build(_NESTED[key], value, key)
+        elif cls is Recipe and key == "config" and isinstance(value, dict):
+            value = _build(_config_class(d.get("method", Recipe.method)), value, key)
         values[key] = tuple(value) if isinstance(value, list) else value
         if not _fits(values[key], hints[key]):
             wanted = getattr(hints[key], "__name__", None) if isinstance(hints[key], type) else None

@@ -2,30 +2,62 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+Keep = Callable[[str, str], bool]
 
 
-class Method(Protocol):
+class Method:
     """What a file in `methods/` registers.
 
-    `plan` says what it would do with one site (or raises `Refused`); `build` makes the adaptive module for planned
-    entries, with parameters that still have to be initialised.
+    Attributes:
+        name: in plan.json, recipes and on the command line.
+        kinds: kinds of `Site` it can convert.
+        gates: each value of its config's `gate` -> the gate labels it can be fitted on, the usual ones first.
+        defaults: options of a recipe that suit it, under what the user gives.
     """
 
-    name: str
+    name: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]]
+    gates: ClassVar[Mapping[str, tuple[str, ...]]] = {"damage": ("damage",)}
+    defaults: ClassVar[Mapping[str, Any]] = {}
 
-    def plan(self, site: Any, modules: dict[str, nn.Module], config: Any, keep: Any) -> list[dict[str, Any]]:
-        """Entries (keyword arguments of `PlanEntry`) for a site, or raise `Refused`; `keep(fqn, target)` asks."""
-        ...
+    def plan(self, site: Any, modules: dict[str, nn.Module], config: Any, keep: Keep, work: Any) -> list[dict]:
+        """Entries (keyword arguments of `PlanEntry`) for a site, or raise `Refused`.
+
+        `keep(fqn, target)` asks whether an entry is wanted; `work` (a `cost.Work`) has what one sample costs at every
+        module. An entry without `tokens` and `macs` is one of linear layers, for which `hosts.make_plan` counts them.
+        """
+        raise NotImplementedError
 
     def build(
         self, modules: dict[str, nn.Module], entries: list[Any], config: Any, macs_total: int
     ) -> dict[str, nn.Module]:
-        """Adaptive modules for entries that share a gate, by the path of what they replace."""
-        ...
+        """Adaptive modules for entries that share a gate, by the path of what they replace.
+
+        A module may be built around the layers that it replaces: they carry their weights with them.
+        """
+        raise NotImplementedError
+
+    def moments(self, entry: Any) -> dict[str, tuple[str, int]]:
+        """Layers whose second moments `fill` needs: path -> ("input" or "output", heads); see `init`."""
+        return {}
+
+    def fill(
+        self, adaptive: dict[str, Any], dense: dict[str, Any], entries: list[Any], moments: dict[str, Tensor]
+    ) -> None:
+        """Weights of the built modules from those of the dense model; nothing where they are carried along."""
+
+    def narrow(self, module: Any, entry: Any, choice: int) -> Any | None:
+        """Remove the learners beyond `choice` from a built module for good, and return its new entry.
+
+        None, with nothing changed, where this method removes none.
+        """
+        return None
 
 
 class Refused(Exception):
@@ -33,14 +65,15 @@ class Refused(Exception):
 
 
 _METHODS: dict[type, Method] = {}
-_T = TypeVar("_T", bound=type)
+_T = TypeVar("_T", bound=type[Method])
 
 
 def register(config_class: type):
     """Class decorator: instances of `config_class` are handled by one instance of the decorated method."""
 
     def decorate(method_class: _T) -> _T:
-        _METHODS[config_class] = method_class()
+        made: Any = method_class()
+        _METHODS[config_class] = made
         return method_class
 
     return decorate
@@ -55,9 +88,14 @@ def method_for(config: Any) -> Method:
         raise ValueError(f"config: found {type(config).__name__}, expected one of: {known}") from None
 
 
+def methods() -> dict[str, tuple[Method, type]]:
+    """Name -> method and the class of its config, in the order of registration."""
+    return {method.name: (method, cls) for cls, method in _METHODS.items()}
+
+
 def config_class(name: str) -> type:
     """The config class of the method called `name` (as stored in plan.json)."""
-    for cls, method in _METHODS.items():
-        if method.name == name:
-            return cls
-    raise ValueError(f"method: found {name!r}, expected one of: {', '.join(sorted(m.name for m in _METHODS.values()))}")
+    try:
+        return methods()[name][1]
+    except KeyError:
+        raise ValueError(f"method: found {name!r}, expected one of: {', '.join(sorted(methods()))}") from None

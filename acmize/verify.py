@@ -334,11 +334,15 @@ def _few_tokens(model: nn.Module, inputs: Tensor, backend: str) -> list[Check]:
     return found
 
 
-def _inputs_of(model: nn.Module, inputs: Tensor) -> list[tuple[nn.Module, Tensor]]:
+def _inputs_of(model: nn.Module, inputs: Tensor) -> list[tuple[AdaptiveModule, Tensor]]:
     """The adaptive modules, in the order in which they are called, and what they are given."""
-    asked: list[tuple[nn.Module, Tensor]] = []
+    asked: list[tuple[AdaptiveModule, Tensor]] = []
     modules = [m for m in model.modules() if isinstance(m, AdaptiveModule)]
-    handles = [m.register_forward_pre_hook(lambda module, args: asked.append((module, args[0]))) for m in modules]
+
+    def note(module: Any, args: tuple[Tensor, ...]) -> None:
+        asked.append((module, args[0]))
+
+    handles = [m.register_forward_pre_hook(note) for m in modules]
     try:
         with ops.use_backend(REFERENCE):
             model(inputs)
@@ -348,14 +352,18 @@ def _inputs_of(model: nn.Module, inputs: Tensor) -> list[tuple[nn.Module, Tensor
     return asked
 
 
-def _leading(module: nn.Module, x: Tensor, count: int) -> Tensor:
-    """The first tokens of an adaptive module's input."""
+def _leading(module: AdaptiveModule, x: Tensor, count: int) -> Tensor:
+    """The first tokens of an adaptive module's input, or samples where it decides for whole samples."""
+    if module.per_sample:
+        return x[:count]
     if getattr(module, "channels_first", False):
         return x.movedim(1, -1).flatten(0, -2)[:count, :, None, None]
     return x.flatten(0, -2)[:count]
 
 
-def _worst(model: nn.Module, few: Sequence[tuple[nn.Module, Tensor]], choose: Choose | None, backend: str) -> float:
+def _worst(
+    model: nn.Module, few: Sequence[tuple[AdaptiveModule, Tensor]], choose: Choose | None, backend: str
+) -> float:
     """Largest difference of any module; all are called in order, since some read what another one decided."""
     with choosing(model, choose):
         with ops.use_backend(REFERENCE):
@@ -402,7 +410,7 @@ def _full_width(model: Any, dense: nn.Module, inputs: Tensor, run: Plain) -> Che
     phases = set(model.recipe.get("phases", ()))
     trained = sorted(phases & {"distill", "finetune"})
     note = f"trained ({', '.join(trained)})" if trained else ""
-    if model.plan.config.init == "random":
+    if not model.plan.exact:
         note = "learners from random weights"
     with evaluating(dense):
         outputs = logits_of(dense(inputs)).float()

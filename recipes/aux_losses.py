@@ -2,10 +2,11 @@
 
 Command:   python recipes/aux_losses.py --output runs/aux_losses
            python recipes/aux_losses.py --smoke            the digits model, under a minute
-Shows:     short finetunes of one shared label-free conversion at one budget: with all three losses, without each of
-           them, without any, and with each three times as strong. Columns: MACs realised as trained (the price as
-           it came in: what L_b is for) and after calibration, top-1, KL; normalised entropy of a site's choices within
-           a sample; spread of the samples' MACs; sites where every token makes the same choice (collapse).
+Shows:     short finetunes of one shared label-free conversion at one budget: with all three losses as published,
+           without each of them, without any, and with each three times as strong. Columns: MACs realised as trained
+           (the price as it came in: what L_b is for) and after calibration, top-1, KL; normalised entropy of a site's
+           choices within a sample; spread of the samples' MACs; sites where every token makes the same choice
+           (collapse).
 Data:      imagenet_mini of ACMIZE_ASSETS: 900 photographs to fit on (135 of them held out for calibration), 600 to
            test on.
 Seed:      0.
@@ -37,12 +38,12 @@ TERMS = ("budget", "entropy", "diversity")
 
 
 def variants() -> dict[str, dict[str, float]]:
-    """Name of a row -> weights that differ from the default."""
-    full = FinetuneConfig()
-    found: dict[str, dict[str, float]] = {"all three": {}}
-    found |= {f"without {term}": {term: 0.0} for term in TERMS}
+    """Name of a row -> weights of the three losses; "all three" has the published ones."""
+    full = {term: getattr(FinetuneConfig(), term) for term in TERMS}
+    found = {"all three": full}
+    found |= {f"without {term}": full | {term: 0.0} for term in TERMS}
     found["without any"] = dict.fromkeys(TERMS, 0.0)
-    return found | {f"{term} x 3": {term: 3 * getattr(full, term)} for term in TERMS}
+    return found | {f"{term} x 3": full | {term: 3 * full[term]} for term in TERMS}
 
 
 def choices(model: nn.Module, batches: list[Tensor]) -> dict[str, float]:

@@ -169,7 +169,8 @@ def main() -> None:
     epochs = (1, 1) if args.smoke else (args.dense_epochs, args.epochs)
     low = min(budgets)
     more = {"budget": low, "budgets": budgets, "gates": {**options.get("gates", {}), "budgets": (low, 0.9)}}
-    more |= {"train": {**options.get("train", {}), "epochs": epochs[1]}, "losses": {"budgets": (low, 0.95)}}
+    more |= {"train": {**options.get("train", {}), "lr": 1e-4, "epochs": epochs[1]}}
+    more |= {"losses": {"task": 0.25, "entropy": 0.05, "diversity": 0.05, "budgets": (low, 0.95)}}
     recipe, data = resolve(options, {"batch_size": 64} if not args.smoke else {}, more), cifar10(args)
     dense = pretrained(args)
     training = Training(args, recipe, common.Bench(dense, data, recipe))

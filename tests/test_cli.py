@@ -103,6 +103,12 @@ def test_version(run: Any) -> None:
     assert run("--version")[:2] == (0, f"acmize {acmize.__version__}\n")
 
 
+def test_the_module_is_the_command() -> None:
+    """`python -m acmize`, which is how launchers start it."""
+    done = subprocess.run([sys.executable, "-m", "acmize", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"acmize {acmize.__version__}\n")
+
+
 # --- convert and eval -----------------------------------------------------------------------------------------
 
 
@@ -118,7 +124,7 @@ def test_convert_then_eval(run: Any, data: Path, tmp_path: Path) -> None:
     assert all(r.keys() >= {"budget", "macs_ratio", "accuracy"} for r in results["results"])
     assert results["samples"] == 20
     stored = json.loads((out / "recipe.json").read_text())
-    assert (stored["seed"], stored["limit"], stored["acm"]["num_learners"]) == (3, 30, 3)
+    assert (stored["seed"], stored["limit"], stored["config"]["num_learners"]) == (3, 30, 3)
     assert stored["data"] == str(data)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.yaml", "out"], "the work folder is removed"
 

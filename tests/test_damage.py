@@ -169,3 +169,15 @@ def test_same_seed_same_damage_and_gates_on() -> None:
         cut = collect(model, dense, images(4), choose=None)  # errors come from earlier layers too
     last = gates_of(model)[-1]
     assert not torch.equal(cut[last].x, first[last].x)
+
+
+def test_bf16_says_nearly_the_same() -> None:
+    dense: Any = vit()
+    model: Any = adapted(dense)[0]
+    x = images(4)
+    full, half = (collect(model, dense, x, draws=2, bf16=bf16) for bf16 in (False, True))
+    for gate in full:
+        a, b = full[gate].damage, half[gate].damage
+        assert b.dtype == torch.float32
+        assert not torch.equal(a, b)
+        assert torch.corrcoef(torch.stack([a.flatten().sqrt(), b.flatten().sqrt()]))[0, 1] > 0.99

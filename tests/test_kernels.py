@@ -94,7 +94,7 @@ def test_order_is_the_sorted_one() -> None:
     assert found.choice.tolist() == choice.tolist()
     assert found.units == 37
     counts = order.tokens_of_unit(found).tolist()
-    expected = ops.sort_tokens(choice, 3).counts
+    expected = ops.sort_tokens(choice[:, None], 3)[0].counts
     assert [counts[lo:hi] for lo, hi in pairwise((0, 3, 32, 37))] == [[expected[0]] * 3, [3] * 29, [2] * 5]
     assert expected == [5, 3, 2]
 

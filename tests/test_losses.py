@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from acmize.losses import (
+    anchored,
     budget_loss,
     classification,
     distillation,
@@ -46,7 +47,14 @@ def test_classification_is_cross_entropy_on_logits() -> None:
 def test_distillation() -> None:
     target = torch.tensor([[1.0], [3.0]])  # variance 2
     outputs = torch.tensor([[[9.0], [1.0], [1.0]], [[9.0], [3.0], [1.0]]])  # k = 0, which has no learner, is not scored
-    torch.testing.assert_close(distillation(outputs, target), torch.tensor(4 / 4 / 2))
+    torch.testing.assert_close(distillation(outputs, target), torch.tensor([0.0, 4 / 2 / 2]))
+
+
+def test_an_error_counts_relative_to_its_start() -> None:
+    start = torch.tensor([0.99, 0.0])
+    torch.testing.assert_close(anchored(start, start), torch.tensor(0.99 / 2))
+    worse_at_full_width = anchored(torch.tensor([0.49, 0.02]), start)  # half of the error at k = 1 for 0.02 at k = 2
+    assert worse_at_full_width > anchored(start, start)
 
 
 def test_gamma_deviance_is_least_at_the_mean() -> None:

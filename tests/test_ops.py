@@ -11,7 +11,7 @@ from torch import Tensor
 
 from acmize import ops
 from acmize.gates import Decision
-from acmize.layers import Contract, Expand, LowRank
+from acmize.layers import Contract, Dense, Expand, LowRank, fast_products_
 
 HERE = tuple(name for name in ops.BACKENDS if name != "triton")  # see test_kernels.py
 
@@ -118,13 +118,13 @@ def test_all_choices_is_each_choice() -> None:
 @pytest.mark.parametrize(
     ("unit_macs", "runs"),
     [
-        (1_000_000, [(3, 0, 2, False), (2, 2, 6, False)]),  # learners of the same tokens are one product
-        (500_000, [(3, 0, 6, True)]),  # one token computed in vain for four units costs less than another product
-        (500_001, [(3, 0, 2, False), (2, 2, 6, False)]),
+        (2_000_000, [(3, 0, 2), (2, 2, 6)]),  # learners of the same tokens are one product
+        (1_000_000, [(3, 0, 6)]),  # one token computed in vain for two units costs less than another product
+        (1_000_001, [(3, 0, 2), (2, 2, 6)]),
     ],
 )
-def test_learners_are_joined_where_it_pays(unit_macs: int, runs: list[tuple[int, int, int, bool]]) -> None:
-    order = ops.sort_tokens(torch.tensor([3, 3, 1]), 4)
+def test_learners_are_joined_where_it_pays(unit_macs: int, runs: list[tuple[int, int, int]]) -> None:
+    (order,) = ops.sort_tokens(torch.tensor([[3], [3], [1]]), 4)
     assert order.counts == [3, 2, 2, 0]
     assert order.choice.tolist() == [3, 3, 1]
     assert ops.plan_runs(order.counts, (0, 2, 4, 6, 8), unit_macs) == [ops.Run(*run) for run in runs]
@@ -207,3 +207,68 @@ def test_autocast_takes_the_masked_backend() -> None:
         assert ops.pick_backend(x) == "sorted"
         with torch.autocast("cpu", torch.bfloat16):
             assert ops.pick_backend(x) == "masked"
+
+
+@pytest.mark.parametrize("act", [None, "gelu", "gelu_tanh", "relu", "silu", "sigmoid"])
+@torch.no_grad()
+def test_an_activation_inside_the_product_is_the_same(act: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = torch.randn(7, D), torch.randn(OUT, D), torch.randn(OUT)
+    after = None if act is None else ops._ACTS[act]
+    assert act is None or ops.act_name(ops._ACTS[act]) == act
+    expected = F.linear(x, weight, bias)
+    for least in (0, 1 << 60):
+        monkeypatch.setattr(ops, "ONEDNN_MACS", least)
+        found = ops.gemm(x, weight, bias, after)
+        torch.testing.assert_close(found, expected if after is None else after(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("few", [0, 1 << 40], ids=["learner by learner", "by a mask"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cutting_zeroes_what_is_not_run_and_nothing_else(kind: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "FEW", few)
+    choice, bounds = choices(kind), BOUNDS["uneven"]
+    (order,) = ops.sort_tokens(choice[:, None], 3)
+    width = torch.tensor(bounds)[order.choice]
+    for first, last in ((0, 12), (1, 7)):
+        h = torch.ones(len(choice), 2, last - first)
+        ops.cut_(h, order, bounds, first)
+        expected = (torch.arange(first, last) < width[:, None]).float()[:, None].expand_as(h)
+        assert torch.equal(h, expected)
+
+
+def test_functions_have_names_too() -> None:
+    assert [ops.act_name(f) for f in (F.gelu, F.relu, F.silu, torch.sigmoid, F.mish)] == [
+        "gelu", "relu", "silu", "sigmoid", None,
+    ]  # fmt: skip
+
+
+def test_all_groups_are_sorted_at_once() -> None:
+    choice = torch.randint(0, 4, (23, 3))
+    whole = ops.sort_tokens(choice, 3)
+    for g, order in enumerate(whole):
+        assert order.counts == [(choice[:, g] > n).sum().item() for n in range(3)]
+        assert torch.equal(choice[:, g][order.index], order.choice)
+        assert torch.equal(order.choice[order.inverse], choice[:, g])
+    decision = Decision(choice)
+    first, second = decision.group(0).order, decision.group(2).order
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first(3).choice, whole[0].choice)
+    assert torch.equal(second(3).choice, whole[2].choice)
+    assert len(decision._orders) == 3  # sorted by the first to ask
+
+
+@torch.no_grad()
+def test_what_stays_dense_is_still_the_linear_layer() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64))
+    x, state = torch.randn(2, 40, 64), model.state_dict()
+    expected = model(x)
+    fast_products_(model)
+    assert [type(m) for m in model] == [Dense, torch.nn.GELU, Dense]
+    assert isinstance(model[0], torch.nn.Linear)
+    assert all(torch.equal(a, state[k]) for k, a in model.state_dict().items())
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(x[0, 0]), expected[0, 0], rtol=1e-5, atol=1e-5)
+    with torch.enable_grad():
+        model(x).sum().backward()
+    assert model[0].weight.grad is not None

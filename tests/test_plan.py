@@ -231,6 +231,21 @@ def test_what_is_computed_in_vain_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @torch.no_grad()
+def test_products_by_onednn_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not ops._onednn(torch.zeros(1)):
+        pytest.skip("no oneDNN here")
+    monkeypatch.setattr(ops, "OVERHEAD_MACS", 0)
+    model, _ = adapted(vit())
+    counted = {}
+    for least in (1 << 60, 0):  # all by the default library, all by oneDNN
+        monkeypatch.setattr(ops, "ONEDNN_MACS", least)
+        monkeypatch.setattr(ops, "_rows", lambda count, *_: count)
+        with choosing(model, Random(1)):
+            counted[least] = count_macs(model, images(3))
+    assert counted[0] == counted[1 << 60] > 0
+
+
+@torch.no_grad()
 def test_the_masked_backend_does_all_the_work() -> None:
     model, plan = adapted(vit())
     with choosing(model, half_width), use_backend("masked"):

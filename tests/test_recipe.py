@@ -20,7 +20,7 @@ def test_defaults_are_a_recipe_that_round_trips_through_json() -> None:
 
 def test_later_layers_win_and_leave_the_rest() -> None:
     made = resolve({"budget": 0.7, "acm": {"num_learners": 3}}, {"acm": {"gate_hidden": 5}, "budget": 0.8})
-    assert (made.budget, made.acm.num_learners, made.acm.gate_hidden) == (0.8, 3, 5)
+    assert (made.budget, made.config.num_learners, made.config.gate_hidden) == (0.8, 3, 5)
 
 
 def test_layers_are_not_changed() -> None:
@@ -31,7 +31,7 @@ def test_layers_are_not_changed() -> None:
 
 def test_the_paper_preset() -> None:
     made = resolve({"budget": 0.7}, preset_name="paper")
-    assert (made.acm.gate, made.acm.init, made.acm.projections) == ("classification", "random", "lowrank")
+    assert (made.config.gate, made.config.init, made.config.projections) == ("classification", "random", "lowrank")
     assert (made.gates.labels, made.losses.teacher, made.losses.budgets) == ("threshold", 0.0, (0.7, 0.7))
     assert made.budgets == (0.7,)
     with pytest.raises(AcmizeError, match="expected default or paper"):
@@ -39,7 +39,7 @@ def test_the_paper_preset() -> None:
 
 
 def test_gate_labels_choose_the_gate() -> None:
-    assert resolve({"gates": {"labels": "threshold"}}).acm.gate == "classification"
+    assert resolve({"gates": {"labels": "threshold"}}).config.gate == "classification"
     with pytest.raises(AcmizeError, match="set both or neither"):
         resolve({"gates": {"labels": "threshold"}, "acm": {"gate": "damage"}})
 
@@ -95,7 +95,7 @@ def test_yaml_files(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("budget: 0.7\nphases: [gates]\nacm: {num_learners: 5}\nlosses:\n  budgets: [0.5, 0.5]\n")
     made = resolve(read_config(file))
-    assert (made.budget, made.phases, made.acm.num_learners, made.losses.budgets) == (0.7, ("gates",), 5, (0.5, 0.5))
+    assert (made.budget, made.phases, made.config.num_learners, made.losses.budgets) == (0.7, ("gates",), 5, (0.5, 0.5))
     for text, said in (("- 1", "found list"), ("a: [", "cannot be read"), ("", "found NoneType")):
         file.write_text(text)
         with pytest.raises(AcmizeError, match=said):

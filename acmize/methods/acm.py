@@ -23,10 +23,9 @@ Shapes: M tokens, D input width, U units (of a head), H heads, O output width, N
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -34,7 +33,7 @@ from acmize import ops
 from acmize.adaptive import AcmMlp, AcmOut, AcmProjections
 from acmize.gates import ClassificationGate, DamageGate, Gate, GateSpec
 from acmize.layers import Contract, Expand, GateLink, LowRank
-from acmize.registry import Refused, register
+from acmize.registry import Keep, Method, Refused, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,19 +75,24 @@ _CHOICES = {
 }
 
 
-Keep = Callable[[str, str], bool]
-
-
 # --- plan and build -------------------------------------------------------------------------------------------
 
 
 @register(AcmConfig)
-class Acm:
+class Acm(Method):
     """Plans and builds ACMs for MLPs, attention projections and single linear layers."""
 
     name = "acm"
+    kinds = ("mlp", "attention", "linear")
+    gates: ClassVar = {"damage": ("damage",), "classification": ("threshold",)}
+    defaults: ClassVar = {  # learners and gates that already say most: small steps, towards the dense model alone
+        "train": {"lr": 3e-5},
+        "losses": {"task": 0.0, "entropy": 0.0, "diversity": 0.0},
+    }
 
-    def plan(self, site: Any, modules: dict[str, nn.Module], config: AcmConfig, keep: Keep) -> list[dict[str, Any]]:
+    def plan(
+        self, site: Any, modules: dict[str, nn.Module], config: AcmConfig, keep: Keep, work: Any
+    ) -> list[dict[str, Any]]:
         """Entries for one site; see `PlanEntry`. `keep(fqn, target)` says whether an entry is wanted."""
         if site.kind == "mlp":
             return [self._plan_mlp(site, modules, config)] if keep(site.fqn, site.fqn) else []

@@ -81,8 +81,7 @@ def merge(x_BTD: Tensor, sizes_BT: Tensor, r: int, prefix: int) -> tuple[Tensor,
     Returns:
         (B, T - r, D) tokens and their (B, T - r) sizes: prefix, even tokens that were not merged, odd tokens.
     """
-    head, x = x_BTD[:, :prefix], x_BTD[:, prefix:]
-    head_sizes, sizes = sizes_BT[:, :prefix], sizes_BT[:, prefix:]
+    x, sizes = x_BTD[:, prefix:], sizes_BT[:, prefix:]
     a, b, size_a, size_b = x[:, ::2], x[:, 1::2], sizes[:, ::2], sizes[:, 1::2]
     r = min(r, b.shape[1])
     if r <= 0:
@@ -93,15 +92,29 @@ def merge(x_BTD: Tensor, sizes_BT: Tensor, r: int, prefix: int) -> tuple[Tensor,
         cost, partner = (weight * distance).min(-1)
         order = cost.argsort(-1)
         gone, stays = order[:, :r], order[:, r:].sort(-1).values
-        into = partner.gather(1, gone)
-    width = x.shape[-1]
-    weighted = torch.cat([a * size_a[..., None], size_a[..., None]], -1)
-    target = torch.cat([b * size_b[..., None], size_b[..., None]], -1)
-    moved = weighted.gather(1, gone[..., None].expand(-1, -1, width + 1))
-    target = target.scatter_add(1, into[..., None].expand(-1, -1, width + 1), moved)
-    rest = a.gather(1, stays[..., None].expand(-1, -1, width))
-    merged = torch.cat([head, rest, target[..., :-1] / target[..., -1:]], 1)
-    return merged, torch.cat([head_sizes, size_a.gather(1, stays), target[..., -1]], 1)
+        front = prefix + stays.shape[1]  # tokens before the odd ones
+        into = front + partner.gather(1, gone)
+        places = torch.arange(x_BTD.shape[1], device=x.device).expand(len(x), -1)
+        kept = torch.cat([places[:, :prefix], prefix + 2 * stays, places[:, prefix + 1 :: 2]], 1)
+    merged, old_sizes = _rows(x_BTD, kept), sizes_BT.gather(1, kept)
+    size_gone = size_a.gather(1, gone)
+    moved = _rows(x_BTD, prefix + 2 * gone) * size_gone[..., None]
+    target = _flat(into, merged.shape[1])
+    new_sizes = old_sizes.flatten().index_add(0, target, size_gone.flatten()).view_as(old_sizes)
+    merged[:, front:] *= old_sizes[:, front:, None]
+    merged.flatten(0, 1).index_add_(0, target, moved.flatten(0, 1))
+    merged[:, front:] /= new_sizes[:, front:, None]
+    return merged, new_sizes
+
+
+def _rows(x_BTD: Tensor, index_BK: Tensor) -> Tensor:
+    """Tokens of each sample: (B, K, D). One selection of rows is several times faster than `gather` on the CPU."""
+    return x_BTD.flatten(0, 1).index_select(0, _flat(index_BK, x_BTD.shape[1])).unflatten(0, index_BK.shape)
+
+
+def _flat(index_BK: Tensor, tokens: int) -> Tensor:
+    """Places in a sample -> (B * K,) places in the batch."""
+    return (index_BK + tokens * torch.arange(len(index_BK), device=index_BK.device)[:, None]).flatten()
 
 
 def install_merging(model: Any) -> None:

@@ -64,13 +64,16 @@ class Calibration:
 
 
 def realised(model: nn.Module, plan: Plan, batches: Sequence[Batch]) -> Tensor:
-    """(samples,) executed MACs of the whole model, as a share of the dense model's mean, set as it is."""
+    """(samples,) MACs of the whole model as its gates choose, as a share of the dense model's mean, set as it is.
+
+    They are the executed ones where every module skips what is not chosen.
+    """
     spent, dense, schedule = [], [], schedule_of(model)
     with evaluating(model):
         for batch in batches:
             with record(model, len(batch)) as seen:
                 forward(model, batch)
-            macs = plan.account(seen.executed().double(), seen.tokens, schedule)
+            macs = plan.account(seen.chosen().double(), seen.tokens, schedule)
             spent.append(macs[0])
             dense.append(macs[1])
     return (torch.cat(spent) / torch.cat(dense).mean()).cpu()

@@ -2,7 +2,8 @@
 
 The layers are independent: each sees the captured input and target of its own place, no gradient crosses a site, so
 memory stays that of one site beyond the captured activations and any site could be trained elsewhere.
-(arXiv 2312.10193, sect. 3.3: mean over sites and over every k of ||h(x, k) - dense(x)||^2.)
+(arXiv 2312.10193, sect. 3.3: mean over sites and over every k of ||h(x, k) - dense(x)||^2.) Learners made from the
+pretrained weights are exact at full width and stay so: each choice's error then counts relative to where it started.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from acmize.gates import AdaptiveModule, choosing, full_width
 from acmize.inputs import forward
 from acmize.layers import Contract
-from acmize.losses import distillation
+from acmize.losses import anchored, distillation
 from acmize.phases._capture import capture, tokens_of
 from acmize.phases._loop import FitConfig, History, fit
 
@@ -47,7 +48,7 @@ def distill(
     Args:
         model: converted; gates take no part.
         source: frozen model that inputs and targets come from: the dense one (random learners), or a copy of the
-            converted one, which runs at full width.
+            converted one as it comes in, which runs at full width and anchors the errors.
         batches: epoch -> batches of inputs, or of (inputs, labels).
         steps_per_epoch: batches in an epoch.
         config: of the loop.
@@ -58,7 +59,7 @@ def distill(
     Returns:
         History; its last log has the error of each site under "site/PATH".
     """
-    sites = distillable(model)
+    sites, start = distillable(model), distillable(source)
     source.eval()
     for module in sites.values():
         module.train()
@@ -70,15 +71,24 @@ def distill(
         with torch.no_grad(), choosing(source, full_width), capture(source, list(sites)) as seen:
             forward(source, inputs)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        terms = {}
+        terms, losses = {}, []
         for path, module in sites.items():
             x, y = tokens_of(module, *seen[path])
             pick = torch.randperm(len(x), generator=generator)[:tokens].to(x.device)
-            pairs = zip(module.all_choices(x[pick]), module.split_output(y[pick]), strict=True)  # pyright: ignore
-            terms[f"site/{path}"] = torch.stack([distillation(h, t) for h, t in pairs]).mean()
-        return {"loss": torch.stack(list(terms.values())).mean(), **terms}
+            errors = _errors(module, x[pick], y[pick])
+            with torch.no_grad():
+                before = [] if path not in start else _errors(start[path], x[pick], y[pick])
+            losses += [anchored(*pair) for pair in zip(errors, before, strict=True)] if before else errors
+            terms[f"site/{path}"] = torch.stack(errors).mean()
+        return {"loss": torch.stack([each.mean() for each in losses]).mean(), **terms}
 
     return fit(
         name="distill", model=holders, loss=loss, batches=batches, steps_per_epoch=steps_per_epoch, config=config,
         params=parameters, checkpoint=checkpoint, resume=resume,
     )  # fmt: skip
+
+
+def _errors(module: AdaptiveModule, x: Tensor, y: Tensor) -> list[Tensor]:
+    """Errors (N,) of each group of a site."""
+    pairs = zip(module.all_choices(x), module.split_output(y), strict=True)  # pyright: ignore[reportCallIssue]
+    return [distillation(outputs, target) for outputs, target in pairs]

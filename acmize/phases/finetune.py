@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acmize.gates import Recorder, record
+from acmize.gates import Recorder, gates_of, record, set_progress
 from acmize.inputs import Batch, Inputs, counted, forward, logits_of
 from acmize.losses import budget_loss, diversity_loss, entropy_loss, task_loss, teacher_loss
 from acmize.phases._loop import FitConfig, History, fit
@@ -36,7 +36,6 @@ class FinetuneConfig:
         features: weight of the squared distance to the dense model's final features, relative to their variance.
         budget: a_b; entropy: a_e; diversity: a_d (0.1, 0.05, 0.05 in the paper's text and code).
         budgets: range from which a step's budget is drawn; two equal ends train one budget, as published.
-        full_width: share of steps at full width, which keeps the largest budgets close to the dense model.
     """
 
     task: float = 0.25
@@ -68,6 +67,7 @@ def finetune(
     losses: FinetuneConfig,
     config: FitConfig,
     mix: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]] | None = None,
+    gates: dict[str, float] | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
     watch: Callable[[int, dict[str, float]], None] | None = None,
@@ -84,13 +84,16 @@ def finetune(
         losses: weights and budgets.
         config: of the loop.
         mix: mixup or cutmix: (inputs, labels, step) -> (inputs, soft labels).
+        gates: `lr` or `weight_decay` of the parameters of gates, where they differ from the rest.
         checkpoint: folder for checkpoints.
         resume: go on from the checkpoint there.
         watch: sees every logged step.
     """
     model.train()
+    freeze_statistics(model)
     teacher.eval()
     low, high = (max(budget, plan.budget_range[0]) for budget in losses.budgets)
+    batches_in_all = max(1, steps_per_epoch * config.epochs)
 
     def loss(batch: Any, step: int) -> dict[str, Tensor]:
         inputs, labels = batch
@@ -98,6 +101,7 @@ def finetune(
             inputs, labels = mix(inputs, labels, step)
         budget = drawn_budget((low, high), config.seed, step)
         set_budget(model, plan, calibration, budget)
+        set_progress(model, step / batches_in_all)
         with torch.no_grad():
             teacher_features, teacher_logits = features_and_logits(teacher, inputs)
         with record(model, len(inputs), keep_inputs=losses.entropy > 0) as seen:
@@ -111,15 +115,39 @@ def finetune(
         terms["diversity"] = diversity_loss(compute)
         terms["entropy"] = entropy_loss(_soft_choices(seen)) if losses.entropy else logits.new_zeros(())
         total = sum(getattr(losses, name) * term for name, term in terms.items())
+        for name, own in seen.losses.items():  # what modules of the method learn beside, weighted by themselves
+            terms[name] = torch.stack(own).sum()
+            total = total + terms[name]
         return {"loss": total, **terms, "compute": compute.mean().detach(), "asked": torch.tensor(budget)}  # pyright: ignore
 
     try:
         return fit(
             name="finetune", model=model, loss=loss, batches=batches, steps_per_epoch=steps_per_epoch, config=config,
-            checkpoint=checkpoint, resume=resume, watch=watch,
+            params=_groups(model, gates or {}), checkpoint=checkpoint, resume=resume, watch=watch,
         )  # fmt: skip
     finally:
+        set_progress(model, 1.0)
         model.eval()
+
+
+def freeze_statistics(model: nn.Module) -> None:
+    """Put every BatchNorm of a model in train mode into eval mode: its statistics stay those of the dense model.
+
+    Statistics of a batch in which some samples skip a layer would be those of a model that never runs.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def _groups(model: nn.Module, gates: dict[str, float]) -> list[Any] | None:
+    """Parameter groups for the optimizer: those of gates apart, where they are trained otherwise."""
+    if not gates:
+        return None
+    apart = {id(p) for gate in gates_of(model) for p in gate.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    rest = [p for p in trained if id(p) not in apart]
+    return [*([{"params": rest}] if rest else []), {"params": [p for p in trained if id(p) in apart], **gates}]
 
 
 def drawn_budget(budgets: tuple[float, float], seed: int, step: int) -> float:
@@ -163,4 +191,4 @@ def _soft_choices(seen: Recorder) -> list[Tensor]:
     return out
 
 
-__all__ = ["FinetuneConfig", "drawn_budget", "features_and_logits", "finetune"]
+__all__ = ["FinetuneConfig", "drawn_budget", "features_and_logits", "finetune", "freeze_statistics"]

@@ -1,0 +1,157 @@
+"""ResNet-20 on CIFAR-10 with LAG: each sample runs a prefix of the channels of each block, beside controls.
+
+Command:   python recipes/lag_resnet20.py --output runs/lag                          10,000 training images
+           python recipes/lag_resnet20.py --output runs/lag-full --data FOLDER       all 50,000 (FOLDER as written by
+                                                                     tools/cifar10_full.py of the assets)
+           python recipes/lag_resnet20.py --smoke                    random weights, digits, under a minute
+Shows:     rows at three budgets (.8, .7, .6 of 40.6 M MACs), all from the given weights:
+           label-free        damage gates, no training
+           damage            damage gates, then phase 3
+           logistic          the published kind of gate, made to depend on the input, phase 3
+           random            widths drawn from the histograms of `damage`
+           static            the same share of channels for every sample and block, label-free and trained like phase 3
+           removed           `damage` at the largest budget, what almost no sample runs cut off: parameters
+Data:      CIFAR-10. 10 % of the training images are held out for calibration and interpolation; nothing is chosen on
+           the test split. The given weights were trained on all training images, the held-out ones too.
+Seed:      0.
+Versions:  in results.json.
+
+Result:    docs/results.md, "CNN backbones".
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any
+
+import _common as common
+import torch
+from torch import nn
+
+from acmize.checkpoint import load_tensors, save_tensors
+from acmize.controls import gates_share, histograms, random_choice, static_width
+from acmize.gates import Choose, choosing
+from acmize.models import architecture, load_model
+from acmize.phases.calibrate import Calibration, calibrate, set_budget
+from acmize.phases.finetune import finetune
+from acmize.recipe import resolve
+from acmize.removal import remove_dead_
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "label-free": {"gate": "damage"},
+    "damage": {"gate": "damage"},
+    "logistic": {"gate": "logistic"},
+}
+
+
+def pretrained(args: Any) -> nn.Module:
+    """ResNet-20 with its CIFAR-10 weights, or with random ones."""
+    if args.smoke:
+        torch.manual_seed(args.seed)
+        return architecture("acmize_resnet20_cifar")
+    return load_model("acmize_resnet20_cifar", common.assets() / "models" / "resnet20_cifar10" / "model.safetensors")
+
+
+def by_dial(model: Any) -> Choose:
+    """Static width at the budget `1 - dial`, for the gates' own cost more, since it runs none."""
+
+    @cache
+    def at(budget: float) -> Choose:
+        return static_width(model, model.plan, budget + gates_share(model, model.plan))
+
+    return lambda gate, x: at(round(1.0 - gate.dial.item(), 2))(gate, x)
+
+
+def train_static(args: Any, bench: common.Bench, recipe: Any, model: Any) -> Any:
+    """Every sample alike, with the losses, steps, budgets and images of phase 3."""
+    path = args.output / "models" / "static.safetensors"
+    if not path.exists():
+        train, images = recipe.train, bench.images
+        batches, steps = images.epochs(images.augmented, recipe.seed + 1)
+        loop = recipe.loop(epochs=train.epochs, lr=train.lr, weight_decay=train.weight_decay, warmup=train.warmup)
+        identity = Calibration(budgets=(1.0, 0.0), dials=(0.0, 1.0))  # the dial tells `choose` the step's budget
+        with choosing(model, by_dial(model), probe=True):
+            finetune(
+                model, bench.model, model.plan, identity, batches, steps_per_epoch=steps, losses=recipe.losses,
+                config=loop, checkpoint=path.parent / "steps", resume=True,
+            )  # fmt: skip
+        save_tensors(path, model.state_dict())
+    model.load_state_dict(load_tensors(path))
+    return model.eval()
+
+
+def removed_rows(rows: common.Rows, bench: common.Bench, model: Any, budgets: tuple[float, ...]) -> None:
+    """What is left when the learners that at most 1 % of samples run at the largest budget are cut off."""
+    before = sum(p.numel() for p in model.parameters())
+    set_budget(model, model.plan, model.calibration, max(budgets))
+    model.plan = remove_dead_(model, model.plan, bench.held)
+    low, high = model.plan.budget_range
+    reached = [b for b in budgets if low < b < high]
+    model.calibration = calibrate(model, model.plan, bench.held, reached)
+    left = sum(p.numel() for p in model.parameters())
+    for budget in reached:
+        rows.measure(
+            f"damage, removed @ {budget:g}",
+            lambda b=budget: {**bench.gated(model, b), "parameters": left, "parameters_before": before},
+        )
+
+
+def main() -> None:
+    """Train what is missing, print the table."""
+    parser = common.parser(__doc__ or "", __file__, (0.8, 0.7, 0.6))
+    parser.add_argument("--data", help="folder of CIFAR-10 (default: that of ACMIZE_ASSETS, 10,000 training images)")
+    parser.add_argument("--epochs", type=int, default=4, help="of phase 3 and of the trained static control")
+    parser.add_argument("--lr", type=float, default=5e-4, help="of phase 3")
+    parser.add_argument("--num-learners", type=int, default=4)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    args = parser.parse_args()
+    options, budgets = common.start(args, __file__), tuple(args.budgets)
+    options.pop("acm", None)  # --smoke: options of another method
+    train = {"epochs": 1 if args.smoke else args.epochs, "lr": args.lr, "crop_pad": 4, "warmup": 0.1}
+    more: dict[str, Any] = {"method": "lag", "budget": budgets[0], "budgets": budgets, "holdout": 0.1}
+    more |= {"train": train, "losses": {"budgets": (0.5, 0.95)}}
+    if not args.smoke:
+        more |= {"batch_size": 128, "gates": {"images": 4000, "steps": 800, "budgets": (0.5, 0.95)}, "moments": 2000}
+    data = common.photographs(True) if args.smoke else args.data or str(common.assets() / "data" / "cifar10")
+    dense = pretrained(args)
+
+    def recipe(name: str) -> Any:
+        phases = () if name == "label-free" else ("gates", "finetune")
+        config = {**VARIANTS[name], "num_learners": args.num_learners}
+        return resolve(options, more, {"config": config, "phases": phases})
+
+    bench = common.Bench(dense, data, recipe("damage"))
+
+    @cache
+    def adaptive(name: str) -> Any:
+        return common.converted(args.output / "models" / name, dense, data, recipe(name))
+
+    def random_row(budget: float) -> common.Row:
+        model = adaptive("damage")
+        model.set_budget(budget)
+        chance = random_choice(model, histograms(model, bench.held), torch.Generator().manual_seed(args.seed))
+        return {"budget": budget, **bench.row(model, model.plan, chance)}
+
+    @cache
+    def static() -> Any:
+        return train_static(args, bench, recipe("damage"), copy.deepcopy(adaptive("label-free")))
+
+    rows = common.Rows(args, __file__)
+    rows.measure("dense", lambda: common.dense_row(bench))
+    for name in args.variants:
+        for budget in budgets:
+            rows.measure(f"{name} @ {budget:g}", lambda n=name, b=budget: bench.gated(adaptive(n), b))
+    plain = adaptive("label-free")
+    for budget in budgets:
+        rows.measure(f"static, label-free @ {budget:g}", lambda b=budget: bench.static(plain, plain.plan, b))
+    if "damage" in args.variants:
+        for budget in budgets:
+            rows.measure(f"random @ {budget:g}", lambda b=budget: random_row(b))
+            rows.measure(f"static, trained @ {budget:g}", lambda b=budget: bench.static(static(), static().plan, b))
+        removed_rows(rows, bench, copy.deepcopy(adaptive("damage")), budgets)
+    rows.show({**common.columns(), "parameters": lambda _, r: f"{r['parameters']:,}" if "parameters" in r else "-"})
+
+
+if __name__ == "__main__":
+    main()
