@@ -87,7 +87,8 @@ def test_an_activation_that_no_operator_knows_is_compiled_masked(model: Any, inp
     ("act", "name"),
     [
         (nn.GELU(), "gelu"), (nn.GELU(approximate="tanh"), "gelu_tanh"), (nn.SiLU(), "silu"), (nn.ReLU(), "relu"),
-        (nn.Sigmoid(), "sigmoid"), (nn.Identity(), "identity"), (nn.Tanh(), None), (F.gelu, None),
+        (nn.Sigmoid(), "sigmoid"), (nn.Identity(), "identity"), (nn.Tanh(), None), (F.gelu, "gelu"),
+        (F.relu, "relu"), (F.silu, "silu"), (torch.sigmoid, "sigmoid"), (F.mish, None),
     ],
 )  # fmt: skip
 def test_activations_by_name(act: Any, name: str | None) -> None:

@@ -34,6 +34,7 @@ from acmize.gates import choosing, full_width
 from acmize.hosts import _HANDLERS, find_sites, make_plan, parse_targets
 from acmize.init import collect_moments, init_
 from acmize.insert import convert_
+from acmize.layers import Dense
 from acmize.ops import use_backend
 
 # What each host must give: entries a block of each kind (a stage's for Swin and ConvNeXt), and reasons of refusal.
@@ -159,7 +160,7 @@ def test_parts_excluded_from_low_rank_are_split_bit_exactly() -> None:
     dense: Any = vit()
     model, _ = adapted(dense, AcmConfig(num_learners=4, gate_hidden=2, projections="lowrank"), exclude=["*.qkv.k"])
     fused: Any = model.get_submodule("blocks.1.attn.qkv")
-    assert type(fused.k) is nn.Linear
+    assert type(fused.k) is Dense
     assert torch.equal(fused.k.weight, dense.blocks[1].attn.qkv.weight[32:64])
 
 

@@ -236,12 +236,6 @@ def test_cutting_zeroes_what_is_not_run_and_nothing_else(kind: str, few: int, mo
         assert torch.equal(h, expected)
 
 
-def test_functions_have_names_too() -> None:
-    assert [ops.act_name(f) for f in (F.gelu, F.relu, F.silu, torch.sigmoid, F.mish)] == [
-        "gelu", "relu", "silu", "sigmoid", None,
-    ]  # fmt: skip
-
-
 def test_all_groups_are_sorted_at_once() -> None:
     choice = torch.randint(0, 4, (23, 3))
     whole = ops.sort_tokens(choice, 3)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from acmize.errors import AcmizeError
-from acmize.recipe import Recipe, preset, read_config, resolve
+from acmize.phases.finetune import FinetuneConfig
+from acmize.recipe import Recipe, TrainOptions, preset, read_config, resolve
+from acmize.registry import methods
 
 
 def test_defaults_are_a_recipe_that_round_trips_through_json() -> None:
     made = resolve()
-    assert made == Recipe()
+    own = methods()["acm"][0].defaults
+    assert made.train == replace(TrainOptions(), **own["train"])
+    assert made.losses == replace(FinetuneConfig(), **own["losses"])
+    assert replace(made, train=TrainOptions(), losses=FinetuneConfig()) == Recipe()
     assert Recipe.from_dict(json.loads(json.dumps(made.to_dict()))) == made
 
 
