@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from acmize.adaptive import AcmMlp
 from acmize.cost import count_macs
 from acmize.damage import collect_damage
-from acmize.gates import AdaptiveModule, DamageGate, choosing, full_width, record
+from acmize.gates import AdaptiveModule, DamageGate, Decision, choosing, full_width, record
 from acmize.hosts import find_sites, make_plan
 from acmize.hosts_speech import HANDLERS, alone_only, is_speech
 from acmize.init import collect_moments
 from acmize.inputs import Inputs, forward
+from acmize.layers import Expand
 from acmize.ops import use_backend
 from acmize.padding import class_path
 from acmize.plan import Plan, Site
+from acmize.site_times import site_times
 
 ALL, MLPS = {"mlp": 2, "q": 2, "k": 2, "v": 2, "out": 2}, {"mlp": 2}
 EXPECTED: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
@@ -247,3 +249,28 @@ def test_budgets_of_a_fixed_length() -> None:
         plan = make_plan(HOSTS[name](), CONFIG)
         assert plan.length_macs is None
         assert plan.scope == ("model.encoder" if name == "whisper" else "")
+
+
+# --- the sorted backend ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_ordered_units_written_into_a_part_of_a_fused_output() -> None:
+    layer = Expand(6, 8, True, (0, 2, 4), heads=2, ordered=True)
+    assert layer.order is not None
+    x, choice, fused = torch.randn(5, 6), torch.tensor([0, 1, 2, 2, 1]), torch.full((5, 16), -1.0)
+    plain = layer.masked(x, Decision(choice))
+    layer.order.copy_(torch.tensor([[2, 3, 0, 1], [1, 0, 3, 2]]))
+    expected = layer.masked(x, Decision(choice))
+    assert not torch.equal(expected, plain)
+    layer.write(x, Decision(choice[:, None]).group(0), fused[:, 8:])
+    torch.testing.assert_close(fused[:, 8:], expected)
+    assert (fused[:, :8] == -1).all()
+
+
+def test_site_times_of_keyword_inputs() -> None:
+    dense = HOSTS["wav2vec2"]()
+    plan = make_plan(dense, CONFIG)
+    times = site_times(dense, plan, inputs_for(dense, (EXAMPLE, 2500)))
+    assert sorted(name for t in times for name in t.names) == sorted(e.fqn for e in plan.entries)
+    assert all(t.dense_ms > 0 and t.adaptive_ms > 0 for t in times)
