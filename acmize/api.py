@@ -133,6 +133,8 @@ class _Conversion:
         self.seconds: dict[str, float] = {}
         self.measured: dict[str, Any] = {}  # by stages, beside the weights
         self.calibration: Calibration | None = None
+        # Where gradients reach every choice of every token, memory is that of the activations, many times over.
+        self.small_batch = 20 if plan.macs_dense < 8e9 else 8
         self._check_labels()
         if self.work is not None:
             if not resume and self.work.exists():
@@ -311,7 +313,8 @@ class _Conversion:
             calibration = self._calibrate((0.9, 0.7, 0.5), 0.03) if number else None
             if calibration is not None and options.compensate:
                 self._compensate(calibration)
-            batches = self._at_drawn_budgets(self.images.batches(self.images.fit, options.images, size=20), calibration)
+            batches = self.images.batches(self.images.fit, options.images, size=self.small_batch)
+            batches = self._at_drawn_budgets(batches, calibration)
             data = collect_damage(
                 self.model, self.dense, batches, choose=None if number else full_width, generator=generator,
                 draws=options.draws, keep_tokens=options.keep_tokens, bf16=self.recipe.mixed_precision == "bf16",
@@ -322,7 +325,7 @@ class _Conversion:
             )  # fmt: skip
 
     def _compensate(self, calibration: Calibration) -> None:
-        batches = self.images.batches(self.images.fit, self.recipe.moments, size=20)
+        batches = self.images.batches(self.images.fit, self.recipe.moments, size=self.small_batch)
         compensate_(self.model, self._at_drawn_budgets(batches, calibration))
 
     def _at_drawn_budgets(self, batches: Iterator[Tensor], calibration: Calibration | None) -> Iterator[Tensor]:

@@ -9,11 +9,11 @@ Shows:     seconds of each stage and the largest resident memory of the process 
            With --bench: as `acmize bench`, for batches of 1 and 8 and budgets that the calibration met.
 Data:      generated photographs (smooth colour noise, seed 0), 256 a split or --limit of them; nothing is read.
 Seed:      0.
-Hardware:  not yet run.
-Time:      not yet run.
+Hardware:  2 cores of a shared x86-64 machine (AVX-512, bf16), nothing beside it.
+Time:      11 minutes (--mixed-precision bf16).
 Versions:  in results.json.
 
-Result:    not yet run. The aim: under 8 GB and under 15 minutes on 2 cores.
+Result:    docs/results.md, "Cost of converting ViT-B". The aim: under 8 GB and under 15 minutes on 2 cores.
 """
 
 from __future__ import annotations
