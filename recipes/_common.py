@@ -21,7 +21,7 @@ from acmize.checkpoint import read_json, write_json
 from acmize.controls import gates_share, static_width
 from acmize.evaluate import Reference, evaluate_at, reference
 from acmize.hub import base_of, from_pretrained
-from acmize.models import load_model
+from acmize.models import architecture, load_model
 from acmize.plan import Plan
 from acmize.quickstart_model import digits_dataset
 from acmize.recipe import Recipe
@@ -81,6 +81,14 @@ def deit_tiny(args: argparse.Namespace, **kwargs: Any) -> nn.Module:
         return load_model("acmize_vit_digits").to(args.device)
     weights = assets() / "models" / "deit_tiny_patch16_224" / "model.safetensors"
     return load_model("deit_tiny_patch16_224", weights, **kwargs).to(args.device)
+
+
+def resnet20(args: argparse.Namespace) -> nn.Module:
+    """ResNet-20 with its CIFAR-10 weights, or with random ones."""
+    if args.smoke:
+        torch.manual_seed(args.seed)
+        return architecture("acmize_resnet20_cifar")
+    return load_model("acmize_resnet20_cifar", assets() / "models" / "resnet20_cifar10" / "model.safetensors")
 
 
 def photographs(smoke: bool) -> Any:

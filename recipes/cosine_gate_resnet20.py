@@ -38,7 +38,6 @@ from acmize.checkpoint import load_tensors, save_tensors
 from acmize.controls import by_name, gates_share, histograms, random_choice
 from acmize.evaluate import evaluate_at, reference
 from acmize.gates import choosing
-from acmize.models import architecture, load_model
 from acmize.phases.calibrate import Calibration
 from acmize.phases.finetune import finetune
 from acmize.plan import Plan
@@ -51,14 +50,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "damage": {"gate": "damage"},
     "oracle": {"gate": "cosine", "mode": "oracle"},
 }
-
-
-def pretrained(args: Any) -> nn.Module:
-    """ResNet-20 with its CIFAR-10 weights, or with random ones."""
-    if args.smoke:
-        torch.manual_seed(args.seed)
-        return architecture("acmize_resnet20_cifar")
-    return load_model("acmize_resnet20_cifar", common.assets() / "models" / "resnet20_cifar10" / "model.safetensors")
 
 
 def best_subset(bench: common.Bench, model: nn.Module, plan: Plan, dropped: int) -> dict[str, int]:
@@ -121,7 +112,7 @@ def main() -> None:
     if not args.smoke:
         more |= {"batch_size": 128, "gates": {"images": 2000, "budgets": (0.5, 0.95)}}
     data = common.photographs(True) if args.smoke else args.data or str(common.assets() / "data" / "cifar10")
-    dense = pretrained(args)
+    dense = common.resnet20(args)
 
     def recipe(name: str) -> Any:
         phases = () if name == "label-free" else ("gates", "finetune")

@@ -27,12 +27,10 @@ from typing import Any
 
 import _common as common
 import torch
-from torch import nn
 
 from acmize.checkpoint import load_tensors, save_tensors
 from acmize.controls import gates_share, histograms, random_choice, static_width
 from acmize.gates import Choose, choosing
-from acmize.models import architecture, load_model
 from acmize.phases.calibrate import Calibration, calibrate, set_budget
 from acmize.phases.finetune import finetune
 from acmize.recipe import resolve
@@ -43,14 +41,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "damage": {"gate": "damage"},
     "logistic": {"gate": "logistic"},
 }
-
-
-def pretrained(args: Any) -> nn.Module:
-    """ResNet-20 with its CIFAR-10 weights, or with random ones."""
-    if args.smoke:
-        torch.manual_seed(args.seed)
-        return architecture("acmize_resnet20_cifar")
-    return load_model("acmize_resnet20_cifar", common.assets() / "models" / "resnet20_cifar10" / "model.safetensors")
 
 
 def by_dial(model: Any) -> Choose:
@@ -114,7 +104,7 @@ def main() -> None:
     if not args.smoke:
         more |= {"batch_size": 128, "gates": {"images": 4000, "steps": 800, "budgets": (0.5, 0.95)}, "moments": 2000}
     data = common.photographs(True) if args.smoke else args.data or str(common.assets() / "data" / "cifar10")
-    dense = pretrained(args)
+    dense = common.resnet20(args)
 
     def recipe(name: str) -> Any:
         phases = () if name == "label-free" else ("gates", "finetune")

@@ -201,8 +201,7 @@ class SkippableBlock(AdaptiveModule):
         decision = self.decide(pooled)
         if decision.keep is not None or masked:
             return self.forward_reference(x, decision)
-        gathered: Any = _gathered_uncompiled if torch.compiler.is_compiling() else _gathered
-        return gathered(self, x, decision.choice[:, 0] > 0)
+        return _gathered(self, x, decision.choice[:, 0] > 0)
 
     def forward_reference(self, x: Tensor, decision: Decision) -> Tensor:
         """All the work, then a choice between the two outputs."""
@@ -244,6 +243,7 @@ class SkippableBlock(AdaptiveModule):
             self.gate.known_cir = None
 
 
+@ops.eager
 def _gathered(module: SkippableBlock, x: Tensor, runs: Tensor) -> Tensor:
     """Run the block on the samples (B,) that keep it, and on nothing else."""
     count = int(runs.sum())
@@ -254,9 +254,6 @@ def _gathered(module: SkippableBlock, x: Tensor, runs: Tensor) -> Tensor:
         rows = runs.nonzero().flatten()
         out = out.index_copy(0, rows, module.block(x[rows]))
     return out
-
-
-_gathered_uncompiled = torch.compiler.disable(_gathered)  # how many samples run changes with every input
 
 
 @torch.no_grad()
