@@ -133,9 +133,11 @@ def evaluate(
     return {"dense": first, "samples": len(dense), "results": results}
 
 
-def mean_error(results: Sequence[dict[str, Any]]) -> float:
-    """One number for the rows of `evaluate`, less is better: the mean error rate, or without labels the mean KL.
+def mean_error(results: Sequence[dict[str, Any]], *, by_labels: bool = True) -> float:
+    """One number for the rows of `evaluate`, less is better: the mean error rate, or the mean KL to the dense model.
 
-    The cross-entropy is not asked: it rises as soon as training makes the model too sure of itself, errors or not.
+    The KL where there are no labels, or where nothing was trained on them (`by_labels` False): on a few hundred images
+    it tells apart what counted errors cannot. The cross-entropy is not asked: it rises as soon as training makes the
+    model too sure of itself, errors or not.
     """
-    return fmean(r["kl"] if r["accuracy"] is None else 1 - r["accuracy"] for r in results)
+    return fmean(1 - r["accuracy"] if by_labels and r["accuracy"] is not None else r["kl"] for r in results)

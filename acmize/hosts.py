@@ -525,19 +525,20 @@ def make_plan(
         why = f" ({told[0].fqn}: {told[0].reason})" if told else ""
         raise AcmizeError(f"nothing to convert in this {type(model).__name__}{why}")
     entries = _complete(model, modules, drafts, inputs, work)
+    scope = _scope(model, entries) if speech else ""
+    macs = _macs_of(model, scope, inputs)
     merging = None
     if merge not in ("none", 0):
         reason = why_not(model)
         if reason is None:
-            merging = _merging(model, entries, merge, inputs)
+            merging = _merging(model, entries, macs, merge, inputs)
         elif merge == "auto":
             refused.append(Refusal(fqn="blocks", reason=reason))
         else:
             raise AcmizeError(f"--merge {merge}: {reason}; leave it out")
-    scope = _scope(model, entries) if speech else ""
     return Plan(
         config=config,
-        macs_dense=_macs_of(model, scope, inputs),
+        macs_dense=macs,
         entries=entries,
         refused=tuple(refused),
         input_size=_size(inputs[0]),
@@ -650,16 +651,15 @@ def _unfit(site: Site, modules: dict[str, Any]) -> str | None:
     return None
 
 
-def _merging(model: Any, entries: tuple[PlanEntry, ...], merge: str | int, inputs: tuple[Any, ...]) -> Merging:
+def _merging(
+    model: Any, entries: tuple[PlanEntry, ...], macs: int, merge: str | int, inputs: tuple[Any, ...]
+) -> Merging:
     if isinstance(merge, str) and merge != "auto":
         raise AcmizeError(f"merge: found {merge!r}, expected auto, none, or a number of pairs")
     if isinstance(merge, int) and merge < 0:
         raise AcmizeError(f"merge: found {merge}, expected a number of pairs of at least 0")
-    dense = []
-    for i, block in enumerate(model.blocks):
-        inside = [e for e in entries if e.fqn.startswith(f"blocks.{i}.")]
-        linear = sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
-        dense.append(linear - sum(e.macs // e.tokens for e in inside))
+    linear = [sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear)) for block in model.blocks]
+    sites = [sum(e.macs // e.tokens for e in entries if e.fqn.startswith(f"blocks.{i}.")) for i in range(len(linear))]
     out = "blocks.0.attn.proj"
     return Merging(
         tokens=tokens_at(model, [out], *inputs)[out],
@@ -667,7 +667,9 @@ def _merging(model: Any, entries: tuple[PlanEntry, ...], merge: str | int, input
         blocks=len(model.blocks),
         dim=int(model.embed_dim),
         attention_dim=model.get_submodule(out).in_features,
-        dense_macs=tuple(dense),
+        macs=macs,
+        linear_macs=tuple(linear),
+        dense_macs=tuple(all_ - site for all_, site in zip(linear, sites, strict=True)),
         fixed=None if merge == "auto" else int(merge),
     )
 

@@ -7,6 +7,7 @@ that a saved model can be rebuilt without data, network or base weights.
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -163,18 +164,21 @@ class Refusal:
 class Merging:
     """How many tokens are merged at which budget (see `methods.token_merging`), and what that saves beside the sites.
 
-    The tokens merged through the whole model fall linearly with the budget, more of them in earlier blocks (weight
-    1.25 L - i in block i of L, none in the first), which left more tokens at the end and lost less (docs/log.md):
-    `slope * (start - budget)` of all tokens and at most nine tenths, or `fixed` pairs before each block at any budget.
+    Merging alone would save `slope * (start - budget)` of the dense MACs; the gates save the rest. It begins before
+    block `first[0]` (of twelve) down to a budget of `knees[0]`, and moves to the front until `first[1]` at `knees[1]`:
+    early merges save the most and cost the most (docs/log.md). Of the blocks from there, earlier ones merge more
+    (weight 1.25 L - i in block i of L). With `fixed`, so many pairs before each block but the first, at any budget.
 
     Attributes:
         tokens: tokens a sample at the model's own input size.
         prefix: of these, never merged.
-        blocks: number of blocks.
+        blocks: number of blocks, L.
         dim: width of the residual stream.
         attention_dim: summed width of the heads.
+        macs: MACs a sample of the whole dense model.
+        linear_macs: for each block, MACs a token of all its linear layers.
         dense_macs: for each block, MACs a token of linear layers that stayed dense.
-        fixed: pairs before each block at every budget, in place of the line.
+        fixed: pairs before each block at every budget, in place of the rule.
     """
 
     tokens: int
@@ -182,20 +186,37 @@ class Merging:
     blocks: int
     dim: int
     attention_dim: int
+    macs: int
+    linear_macs: tuple[int, ...]
     dense_macs: tuple[int, ...]
-    slope: float = 1.55
-    start: float = 0.93
+    slope: float = 0.9
+    start: float = 0.95
+    first: tuple[float, float] = (3.0, 1.0)
+    knees: tuple[float, float] = (0.65, 0.45)
     fixed: int | None = None
 
     def schedule(self, budget: float) -> tuple[int, ...]:
         """Pairs to merge before each block at a budget; never more than half of what is left to merge."""
         if self.fixed is not None:
-            wanted = [0] + [self.fixed] * (self.blocks - 1)
-        else:
-            total = min(max(0.0, self.slope * (self.start - budget)), 0.9) * self.tokens
-            weights = [0.0] + [1.25 * self.blocks - i for i in range(1, self.blocks)]
-            reached = [round(total * part / sum(weights)) for part in accumulate(weights)]
-            wanted = [0] + [b - a for a, b in pairwise(reached)]
+            return self._possible([0] + [self.fixed] * (self.blocks - 1))
+
+        def saved(total: int) -> int:
+            return self._saved(self._spread(total, budget), self.linear_macs)
+
+        wanted = self.macs * self.slope * (self.start - budget)
+        return self._spread(bisect_left(range(self.tokens), wanted, key=saved), budget)
+
+    def _spread(self, total: int, budget: float) -> tuple[int, ...]:
+        """About `total` pairs over the blocks."""
+        (late, early), (high, low) = self.first, self.knees
+        share = min(max((high - budget) / (high - low), 0.0), 1.0)
+        begin = (late + share * (early - late)) * self.blocks / 12
+        weights = [(1.25 * self.blocks - i) * min(max(i + 1 - begin, 0.0), 1.0) for i in range(self.blocks)]
+        weights[0] = 0.0
+        reached = [round(total * part / sum(weights)) for part in accumulate(weights)]
+        return self._possible([b - a for a, b in pairwise([0, *reached])])
+
+    def _possible(self, wanted: list[int]) -> tuple[int, ...]:
         out, left = [], self.tokens - self.prefix
         for r in wanted:
             out.append(min(r, left // 2))
@@ -215,9 +236,12 @@ class Merging:
 
         The search for pairs is taken off again.
         """
+        return self._saved(schedule, self.dense_macs)
+
+    def _saved(self, schedule: tuple[int, ...], token_macs: tuple[int, ...]) -> int:
         total, before = 0, self.tokens
-        for r, count, dense in zip(schedule, self.counts(schedule), self.dense_macs, strict=True):
-            total += 2 * self.attention_dim * (self.tokens**2 - count**2) + dense * (self.tokens - count)
+        for r, count, macs in zip(schedule, self.counts(schedule), token_macs, strict=True):
+            total += 2 * self.attention_dim * (self.tokens**2 - count**2) + macs * (self.tokens - count)
             if r:
                 free = before - self.prefix
                 total -= -(-free // 2) * (free // 2) * self.dim
@@ -367,8 +391,10 @@ def _three(values: Any) -> tuple[float, float, float]:
 
 
 def _merging(d: dict[str, Any]) -> Merging:
-    merging = Merging(**{**d, "dense_macs": tuple(int(m) for m in d["dense_macs"])})
-    if len(merging.dense_macs) != merging.blocks or not 0 <= merging.prefix < merging.tokens <= 1_000_000:
+    lists = {name: tuple(d[name]) for name in ("linear_macs", "dense_macs", "first", "knees")}
+    merging = Merging(**{**d, **lists})
+    each = (merging.linear_macs, merging.dense_macs)
+    if any(len(macs) != merging.blocks for macs in each) or not 0 <= merging.prefix < merging.tokens <= 1_000_000:
         raise ValueError(f"merging: {merging.blocks} blocks of {merging.tokens} tokens do not fit")
     return merging
 
