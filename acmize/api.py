@@ -208,9 +208,12 @@ class _Conversion:
                 )
             names = [name for t in times if not t.pays for name in t.names]
             if len(names) == len(self.plan.entries):
-                raise AcmizeError(
-                    f"fit_batch: no site pays on this device in batches of {size}; try a larger batch, or leave it out"
-                )
+                if self.plan.merging is None or self.plan.merging.fixed is not None:
+                    raise AcmizeError(
+                        f"fit_batch: no site pays on this device in batches of {size}; try a larger batch, "
+                        "merge tokens (--merge auto), or leave it out"
+                    )
+                log.info("no site pays in batches of %d: tokens are merged, and nothing else", size)
             if kept is not None:
                 write_json(kept, {"names": names})
         if names:
@@ -248,7 +251,7 @@ class _Conversion:
         return {"checkpoint": self.work, "resume": self.work is not None}
 
     def _init(self) -> None:
-        if not self.plan.exact:
+        if not self.plan.exact or not self.plan.entries:
             return
         batches = self.images.batches(self.images.fit, self.recipe.moments)
         init_(self.model, self.dense, self.plan, collect_moments(self.dense, self.plan, batches))
@@ -300,7 +303,7 @@ class _Conversion:
     def _gates(self) -> None:
         options, seed = self.recipe.gates, self.recipe.seed
         generator = torch.Generator().manual_seed(seed)
-        if options.labels == "none":
+        if options.labels == "none" or not self.plan.entries:
             return
         if options.labels == "threshold":
             batches = self.images.batches(self.images.fit, options.images)

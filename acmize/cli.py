@@ -134,7 +134,8 @@ def print_plan(name: str, made: Any) -> None:
         kinds[name] = kinds.get(name, 0) + 1
     gates = sum(e.gate_macs * e.tokens for e in made.entries)
     low, high = made.budget_range
-    out.print(", ".join(f"{count} {name}" for name, count in sorted(kinds.items())), highlight=False)
+    told = ", ".join(f"{count} {name}" for name, count in sorted(kinds.items()))
+    out.print(told or "no site: tokens are merged, and nothing else", highlight=False)
     part = made.scope or "whole model"
     out.print(f"{part} {made.macs_dense / 1e9:.3f} GMACs ({2 * made.macs_dense / 1e9:.3f} GFLOPs)")
     out.print(f"gates {gates / 1e6:.1f} MMACs ({100 * gates / made.macs_dense:.1f} %); budgets {low:.3f} to {high:.3f}")

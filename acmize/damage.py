@@ -41,6 +41,9 @@ class _Rows:
     damage: list[Tensor] = field(default_factory=list)
     dial: list[Tensor] = field(default_factory=list)
 
+    def joined(self) -> GateData:
+        return GateData(torch.cat(self.x), torch.cat(self.damage), torch.cat(self.dial))
+
 
 def collect_damage(
     model: nn.Module,
@@ -85,7 +88,7 @@ def collect_damage(
         model.train(training)
         for p in frozen:
             p.requires_grad_(True)
-    return {gate: GateData(torch.cat(r.x), torch.cat(r.damage), torch.cat(r.dial)) for gate, r in rows.items()}
+    return {gate: rows.pop(gate).joined() for gate in list(rows)}  # one after the other: they are gigabytes
 
 
 def _one_batch(

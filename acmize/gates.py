@@ -409,11 +409,16 @@ class Recorder:
 
     def executed(self) -> Tensor:
         """(samples,) executed MACs of all adaptive sites in the last forward, their gates included."""
-        return torch.stack([parts[-1] for parts in self.ran.values()]).sum(0) + sum(self.gates.values())
+        return self._total(self.ran)
 
     def chosen(self) -> Tensor:
         """(samples,) the same as chosen: what would be executed if every module skipped."""
-        return torch.stack([parts[-1] for parts in self.macs.values()]).sum(0) + sum(self.gates.values())
+        return self._total(self.macs)
+
+    def _total(self, parts: dict[str, list[Tensor]]) -> Tensor:
+        if not parts:  # a plan that merges tokens and replaces nothing
+            return torch.zeros(self.samples)
+        return torch.stack([last[-1] for last in parts.values()]).sum(0) + sum(self.gates.values())
 
     def differentiable(self) -> Tensor:
         """(samples,) the same through `keep`: hard value, soft gradient."""

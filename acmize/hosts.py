@@ -464,7 +464,8 @@ def make_plan(
         example: inputs for one sample, to count MACs; made from the timm configuration when None.
         sites: declared sites of a module of one's own, in place of discovery.
         target_modules: globs over sites, or declarations (see `parse_targets`).
-        exclude: globs over entries, sites and their modules that stay dense.
+        exclude: globs over entries, sites and their modules that stay dense; where that leaves none, and tokens may be
+            merged, the plan merges tokens alone.
         merge: merge tokens too: "none", "auto" (as many as suit the budget, where it is sound), or pairs before each
             block at every budget.
 
@@ -520,7 +521,10 @@ def make_plan(
     unused = [g for g in (*globs, *exclude) if g not in used]
     if unused:
         raise AcmizeError(f"pattern {unused[0]!r} matches no site; `acmize plan` lists them")
-    if not drafts:
+    alone = (
+        not drafts and any(r.reason.startswith("excluded") for r in refused) and merge == "auto" and not why_not(model)
+    )
+    if not drafts and not alone:
         told = [r for r in refused if "--num-learners" in r.reason] or refused
         why = f" ({told[0].fqn}: {told[0].reason})" if told else ""
         raise AcmizeError(f"nothing to convert in this {type(model).__name__}{why}")
@@ -671,6 +675,7 @@ def _merging(
         linear_macs=tuple(linear),
         dense_macs=tuple(all_ - site for all_, site in zip(linear, sites, strict=True)),
         fixed=None if merge == "auto" else int(merge),
+        **({} if entries else {"slope": 1.0, "start": 1.0}),  # nothing else can save the rest
     )
 
 

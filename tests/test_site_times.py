@@ -10,6 +10,7 @@ import torch
 from short import converted
 from tiny import images, plan_of, vit
 
+import acmize
 from acmize import AcmizeError, api
 from acmize.adaptive import AcmMlp
 from acmize.checkpoint import read_json
@@ -60,10 +61,29 @@ def test_what_does_not_pay_stays_dense(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert made.results["results"]
 
 
-def test_nothing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_site_pays_tokens_alone_are_merged(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr(api, "site_times", times(lambda _: False))
+    made = converted({"phases": [], "fit_batch": 4, "budget": 0.6, "budgets": [0.8, 0.6]})
+    assert made.plan.entries == ()
+    rows = made.results["results"]
+    assert [row["budget"] for row in rows] == [0.8, 0.6]
+    for row in rows:  # whole tokens: of 17, one is a step
+        assert row["macs_ratio"] == pytest.approx(row["budget"], abs=0.06)
+    assert rows[0]["macs_ratio"] > rows[1]["macs_ratio"]
+    x = torch.randn(3, *made.plan.input_size)
+    made.save_pretrained(tmp_path / "saved")
+    again = acmize.from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        outputs = {budget: (made.set_budget(budget), made(x))[1] for budget in (1.0, 0.6)}
+        assert (outputs[1.0] - outputs[0.6]).abs().max() > 1e-3
+        again.set_budget(0.6)
+        assert torch.equal(again(x), outputs[0.6])
+
+
+def test_nothing_pays_and_nothing_merges(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "site_times", times(lambda _: False))
     with pytest.raises(AcmizeError, match="no site pays on this device in batches of 4; try a larger batch"):
-        converted({"phases": [], "fit_batch": 4})
+        converted({"phases": [], "fit_batch": 4, "merge": "none"})
 
 
 def test_a_budget_out_of_reach_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

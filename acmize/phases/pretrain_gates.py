@@ -63,17 +63,18 @@ def fit_damage_gates(
         else:
             _unfold(gate, mean, std)
         scales.append((mean, std))
-    items: list[tuple[Any, Tensor, GateData]] = [
-        (g, (d.x - m) / s, d) for (g, d), (m, s) in zip(data.items(), scales, strict=True)
+    items: list[tuple[Any, GateData, Tensor, Tensor]] = [
+        (g, d, m, s) for (g, d), (m, s) in zip(data.items(), scales, strict=True)
     ]
 
     def loss(step_seed: Tensor, _step: int) -> dict[str, Tensor]:
         pick = torch.Generator().manual_seed(int(step_seed))
         total = torch.zeros(())
-        for gate, x, rows in items:
-            i = torch.randint(len(x), (min(batch_tokens, len(x)),), generator=pick)
+        for gate, rows, mean, std in items:
+            i = torch.randint(len(rows.x), (min(batch_tokens, len(rows.x)),), generator=pick)
             device = gate.fc1.weight.device
-            prediction = gate.log_damage(x[i].to(device), rows.dial[i].to(device))
+            x = (rows.x[i] - mean) / std  # of these rows only: all inputs of all gates are gigabytes
+            prediction = gate.log_damage(x.to(device), rows.dial[i].to(device))
             total = total + gamma_deviance(prediction, rows.damage[i].to(device)).cpu()
         return {"loss": total, "deviance": total / len(items)}
 
