@@ -63,7 +63,7 @@ def test_what_does_not_pay_stays_dense(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_where_no_site_pays_tokens_alone_are_merged(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(api, "site_times", times(lambda _: False))
-    made = converted({"phases": [], "fit_batch": 4, "budget": 0.6, "budgets": [0.8, 0.6]})
+    made: Any = converted({"phases": [], "fit_batch": 4, "budget": 0.6, "budgets": [0.8, 0.6]})
     assert made.plan.entries == ()
     rows = made.results["results"]
     assert [row["budget"] for row in rows] == [0.8, 0.6]
@@ -72,7 +72,7 @@ def test_where_no_site_pays_tokens_alone_are_merged(monkeypatch: pytest.MonkeyPa
     assert rows[0]["macs_ratio"] > rows[1]["macs_ratio"]
     x = torch.randn(3, *made.plan.input_size)
     made.save_pretrained(tmp_path / "saved")
-    again = acmize.from_pretrained(tmp_path / "saved")
+    again: Any = acmize.from_pretrained(tmp_path / "saved")
     with torch.no_grad():
         outputs = {budget: (made.set_budget(budget), made(x))[1] for budget in (1.0, 0.6)}
         assert (outputs[1.0] - outputs[0.6]).abs().max() > 1e-3
