@@ -31,7 +31,8 @@ from torch import nn
 from acmize import AcmConfig, AcmizeError, Plan, Site
 from acmize.adaptive import AcmMlp, AcmOut, AcmProjections
 from acmize.gates import choosing, full_width
-from acmize.hosts import _HANDLERS, find_sites, make_plan, parse_targets
+from acmize.hosts import find_sites, make_plan, parse_targets
+from acmize.hosts._registry import HANDLERS
 from acmize.init import collect_moments, init_
 from acmize.insert import convert_
 from acmize.layers import Dense
@@ -389,7 +390,7 @@ def test_canary_of_timm(path: str) -> None:
     """Fails where a version of timm renames a class that must be known: lowest 1.0.16, newest seen 1.0.31."""
     module, _, name = path.rpartition(".")
     cls = getattr(importlib.import_module(module), name, None)
-    assert cls in _HANDLERS, f"timm {timm.__version__}: hosts.py finds no {path}"
+    assert cls in HANDLERS, f"timm {timm.__version__}: hosts.py finds no {path}"
 
 
 @pytest.mark.parametrize(
