@@ -216,9 +216,8 @@ class _Conversion:
                 log.info("no site pays in batches of %d: tokens are merged, and nothing else", size)
             if kept is not None:
                 write_json(kept, {"names": names})
-        if names:
-            self._replan(names, f"does not pay on this device in batches of {size}")
-            self.plan.check_budget(self.recipe.budget)
+        self._replan(names, f"does not pay on this device in batches of {size}")
+        self.plan.check_budget(self.recipe.budget)
 
     def _stage(self, name: str, run: Callable[[], None]) -> None:
         """Run a stage, or load what it left behind."""
@@ -296,6 +295,8 @@ class _Conversion:
             self.dense, recipe.config, target_modules=recipe.target_modules, exclude=(*recipe.exclude, *left),
             merge=recipe.merge,
         )  # fmt: skip
+        if recipe.fit_batch is not None and plan.merging is not None:  # a merge takes time as well
+            plan = replace(plan, merging=replace(plan.merging, every=2))
         kept = [r for r in plan.refused if r.fqn not in left]
         self.plan = replace(plan, refused=(*kept, *(Refusal(fqn=name, reason=why) for name, why in left.items())))
         self.model = convert_(copy.deepcopy(self.dense), self.plan).eval()

@@ -178,6 +178,7 @@ class Merging:
         macs: MACs a sample of the whole dense model.
         linear_macs: for each block, MACs a token of all its linear layers.
         dense_macs: for each block, MACs a token of linear layers that stayed dense.
+        every: merge before each block (1), each second one, ...: fewer merges take less time and lose a little more.
         fixed: pairs before each block at every budget, in place of the rule.
     """
 
@@ -193,6 +194,7 @@ class Merging:
     start: float = 0.95
     first: tuple[float, float] = (3.0, 1.0)
     knees: tuple[float, float] = (0.65, 0.45)
+    every: int = 1
     fixed: int | None = None
 
     def schedule(self, budget: float) -> tuple[int, ...]:
@@ -211,8 +213,9 @@ class Merging:
         (late, early), (high, low) = self.first, self.knees
         share = min(max((high - budget) / (high - low), 0.0), 1.0)
         begin = (late + share * (early - late)) * self.blocks / 12
-        weights = [(1.25 * self.blocks - i) * min(max(i + 1 - begin, 0.0), 1.0) for i in range(self.blocks)]
-        weights[0] = 0.0
+        weights = [0.0] * self.blocks
+        for i in range(1, self.blocks, self.every):
+            weights[i] = (1.25 * self.blocks - i) * min(max((i - begin) / self.every + 1, 0.0), 1.0)
         reached = [round(total * part / sum(weights)) for part in accumulate(weights)]
         return self._possible([b - a for a, b in pairwise([0, *reached])])
 
@@ -394,7 +397,11 @@ def _merging(d: dict[str, Any]) -> Merging:
     lists = {name: tuple(d[name]) for name in ("linear_macs", "dense_macs", "first", "knees")}
     merging = Merging(**{**d, **lists})
     each = (merging.linear_macs, merging.dense_macs)
-    if any(len(macs) != merging.blocks for macs in each) or not 0 <= merging.prefix < merging.tokens <= 1_000_000:
+    if (
+        any(len(macs) != merging.blocks for macs in each)
+        or not 0 <= merging.prefix < merging.tokens <= 1_000_000
+        or merging.every < 1
+    ):
         raise ValueError(f"merging: {merging.blocks} blocks of {merging.tokens} tokens do not fit")
     return merging
 

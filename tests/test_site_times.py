@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -59,6 +59,8 @@ def test_what_does_not_pay_stays_dense(monkeypatch: pytest.MonkeyPatch, tmp_path
     reasons = {r.reason for r in made.plan.refused if ".attn." in r.fqn}
     assert reasons == {"does not pay on this device in batches of 4"}
     assert made.results["results"]
+    assert made.plan.merging is not None
+    assert made.plan.merging.every == 2  # merges take time too
 
 
 def test_where_no_site_pays_tokens_alone_are_merged(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
@@ -72,7 +74,7 @@ def test_where_no_site_pays_tokens_alone_are_merged(monkeypatch: pytest.MonkeyPa
     assert rows[0]["macs_ratio"] > rows[1]["macs_ratio"]
     x = torch.randn(3, *made.plan.input_size)
     made.save_pretrained(tmp_path / "saved")
-    again: Any = acmize.from_pretrained(tmp_path / "saved")
+    again = cast(Any, acmize.from_pretrained(tmp_path / "saved"))
     with torch.no_grad():
         outputs = {budget: (made.set_budget(budget), made(x))[1] for budget in (1.0, 0.6)}
         assert (outputs[1.0] - outputs[0.6]).abs().max() > 1e-3

@@ -113,6 +113,16 @@ def test_merging_begins_late_at_large_budgets_and_moves_to_the_front() -> None:
     assert merged[0] == 0 < merged[-1]
 
 
+def test_fewer_merges_save_as_much() -> None:
+    sparse = dataclasses.replace(MERGING, every=2)
+    for budget in (0.75, 0.6, 0.45):
+        schedule = sparse.schedule(budget)
+        assert not any(schedule[::2])
+        assert sum(r > 0 for r in schedule) <= 6
+        share = MERGING._saved(schedule, MERGING.linear_macs) / MERGING.macs
+        assert share == pytest.approx(MERGING.slope * (MERGING.start - budget), abs=0.01)
+
+
 def test_never_more_than_half_of_what_is_left() -> None:
     greedy = dataclasses.replace(MERGING, slope=3.0, start=1.0)
     for schedule in (greedy.schedule(0.05), dataclasses.replace(MERGING, fixed=60).schedule(0.9)):
