@@ -65,7 +65,7 @@ def test_what_does_not_pay_stays_dense(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_where_no_site_pays_tokens_alone_are_merged(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(api, "site_times", times(lambda _: False))
-    made: Any = converted({"phases": [], "fit_batch": 4, "budget": 0.6, "budgets": [0.8, 0.6]})
+    made = cast(Any, converted({"phases": [], "fit_batch": 4, "budget": 0.6, "budgets": [0.8, 0.6]}))
     assert made.plan.entries == ()
     rows = made.results["results"]
     assert [row["budget"] for row in rows] == [0.8, 0.6]
