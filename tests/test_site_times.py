@@ -10,10 +10,10 @@ import torch
 from short import converted
 from tiny import images, plan_of, vit
 
-import acmize
 from acmize import AcmizeError, api
 from acmize.adaptive import AcmMlp
 from acmize.checkpoint import read_json
+from acmize.hub import from_pretrained
 from acmize.site_times import SiteTime, site_times
 
 
@@ -81,7 +81,7 @@ def test_where_no_site_pays_tokens_alone_are_merged(monkeypatch: pytest.MonkeyPa
             return model(x)
 
     assert (logits(made, 1.0) - logits(made, 0.6)).abs().max() > 1e-3
-    assert torch.equal(logits(acmize.from_pretrained(tmp_path / "saved"), 0.6), logits(made, 0.6))
+    assert torch.equal(logits(from_pretrained(tmp_path / "saved"), 0.6), logits(made, 0.6))
 
 
 def test_nothing_pays_and_nothing_merges(monkeypatch: pytest.MonkeyPatch) -> None:
