@@ -310,9 +310,9 @@ def bench_model(
     Returns:
         {"device", "threads", "dtype", "results", "fit"}. A result has model, batch_size, budget, macs_ratio (of the
         very inputs that were timed), latency_ms of a batch (p5, p50, p95, p99), dense_latency_ms (the same of the
-        fastest form, and "form"), speedup of the medians, throughput in images a second, peak_memory_mb and
-        dense_peak_memory_mb. A fit has intercept and slope of latency = intercept + slope * macs_ratio in milliseconds,
-        and r2, for each batch size.
+        fastest form, and "form"), dense_forms_ms (the median of each form), speedup of the medians, throughput in
+        images a second, peak_memory_mb and dense_peak_memory_mb. A fit has intercept and slope of latency = intercept +
+        slope * macs_ratio in milliseconds, and r2, for each batch size.
 
     Raises:
         AcmizeError: a budget out of reach, or more images in a batch than there are.
@@ -396,6 +396,7 @@ def _bench_batch(
                 "macs_ratio": share[timed].mean().item(),
                 "latency_ms": mine,
                 "dense_latency_ms": {**times[form], "form": form},
+                "dense_forms_ms": {name: times[name]["p50"] for name in forms},
                 "speedup": times[form]["p50"] / mine["p50"],
                 "throughput": 1e3 * size / mine["p50"],
                 "peak_memory_mb": peak_mb(lambda batch=batch: model(batch), setting.device),

@@ -365,6 +365,10 @@ def print_bench(found: dict[str, Any]) -> None:
             dense = rows[0]["dense_latency_ms"]
             cells = [*_milliseconds(dense), "1.00", f"{1e3 * size / dense['p50']:.1f}", "-"]
             table.add_row(str(size), f"dense, {dense['form']}", "1.000", *cells)
+            for form, median in rows[0]["dense_forms_ms"].items():
+                if form != dense["form"]:
+                    cells = [f"{median:.2f}", "-", "-", "-", f"{dense['p50'] / median:.2f}", "-", "-"]
+                    table.add_row(str(size), f"dense, {form}", "1.000", *cells)
             for r in rows:
                 cells = [*_milliseconds(r["latency_ms"]), f"{r['speedup']:.2f}"]
                 cells += [f"{r['throughput']:.1f}", f"{r['peak_memory_mb']:.1f}"]

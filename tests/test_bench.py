@@ -22,8 +22,8 @@ from acmize.hub import from_pretrained, save_pretrained
 from acmize.phases.calibrate import realised
 
 ROW = {
-    "model", "batch_size", "budget", "macs_ratio", "latency_ms", "dense_latency_ms", "speedup", "throughput",
-    "peak_memory_mb", "dense_peak_memory_mb",
+    "model", "batch_size", "budget", "macs_ratio", "latency_ms", "dense_latency_ms", "dense_forms_ms", "speedup",
+    "throughput", "peak_memory_mb", "dense_peak_memory_mb",
 }  # fmt: skip
 PERCENTILES = {"p5", "p50", "p95", "p99"}
 
@@ -146,6 +146,8 @@ def test_the_result_is_the_promised_json(run: Any, saved: Path) -> None:
         assert row["dense_latency_ms"]["form"].startswith("eager")
         assert row["model"] == MODEL
         assert row["speedup"] == row["dense_latency_ms"]["p50"] / row["latency_ms"]["p50"]
+        assert row["dense_latency_ms"]["p50"] == min(row["dense_forms_ms"].values())
+        assert row["dense_latency_ms"]["form"] in row["dense_forms_ms"]
         assert row["throughput"] == pytest.approx(1e3 * row["batch_size"] / row["latency_ms"]["p50"])
         assert row["peak_memory_mb"] >= 0
         assert abs(row["macs_ratio"] - row["budget"]) < 0.15
