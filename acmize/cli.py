@@ -1,6 +1,7 @@
 """The command line: `acmize plan | convert | eval | bench | verify | quickstart`. Tables; `--json` for programs.
 
-Exit status: 0 done; 1 done, but a budget was missed or a check failed; 2 something the user can mend, said on one line.
+Exit status: 0 done; 1 done, but a budget was missed or a check failed; 2 something the user can mend, said on one line;
+143 stopped by SIGTERM, with what was done saved.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from rich.table import Table
 
 from acmize.__about__ import __version__
 from acmize.errors import AcmizeError
+from acmize.interrupt import EXIT_STATUS, Stopped, stopping_on_sigterm
 from acmize.registry import methods
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Adaptive computation for pretrained models.")
@@ -44,7 +46,11 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("acmize").setLevel(logging.INFO)
     try:
-        app(standalone_mode=True)
+        with stopping_on_sigterm():
+            app(standalone_mode=True)
+    except Stopped as stopped:
+        sys.stderr.write(f"acmize: {stopped}; what was done is kept, --resume goes on from it\n")
+        raise SystemExit(EXIT_STATUS) from None
     except AcmizeError as error:
         _fail(str(error))
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import random
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from torch import nn
 
 import acmize.checkpoint as checkpoint
 from acmize.errors import AcmizeError
+from acmize.interrupt import Stopped, asked, stopping_on_sigterm
 from acmize.phases._loop import FitConfig, History, fit, learning_rate
 
 BATCHES, EPOCHS = 5, 2
@@ -59,6 +61,37 @@ def train(
 def assert_same(a: nn.Module, b: nn.Module) -> None:
     for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
         assert torch.equal(x, y), name
+
+
+@pytest.mark.parametrize("batch", [3, 4, 9])  # within an epoch, at its end, at the end of all
+def test_sigterm_saves_the_step_under_way(tmp_path: Path, batch: int) -> None:
+    unbroken, stopped, resumed = make_model(), make_model(), make_model()
+    whole, seen = train(unbroken), []
+
+    def stopping(epoch: int) -> Any:
+        for number, item in enumerate(batches(epoch)):
+            if epoch * BATCHES + number == batch:
+                os.kill(os.getpid(), signal.SIGTERM)
+            seen.append(number)
+            yield item
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped), stopping_on_sigterm():
+        train(stopped, where=tmp_path, batches=stopping, checkpoint_every=100)
+    assert len(seen) == batch + 1  # the step was finished, none was begun
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not asked()
+    history = train(resumed, where=tmp_path, resume=True, kill=batch, checkpoint_every=100)
+    assert_same(unbroken, resumed)
+    assert history.logs == whole.logs
+
+
+def test_sigterm_elsewhere_stops_at_once() -> None:
+    reached = False
+    with pytest.raises(Stopped), stopping_on_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+        reached = True
+    assert not reached
 
 
 @pytest.mark.parametrize("options", [{}, {"accumulate": 2, "ema_decay": 0.9}, {"mixed_precision": "bf16"}], ids=str)

@@ -131,8 +131,8 @@ def test_other_options_model_or_data_are_refused(tmp_path: Path, monkeypatch: py
     assert not work.exists()
 
 
-def test_killed_by_the_system(tmp_path: Path) -> None:
-    """SIGKILL of the command itself in the middle of distill; --resume ends as an unbroken run does."""
+def test_stopped_by_the_system(tmp_path: Path) -> None:
+    """SIGTERM, then SIGKILL, of the command itself in the middle of distill; --resume ends as an unbroken run does."""
     from short import config_file
 
     config = config_file(tmp_path / "recipe.yaml", OPTIONS)
@@ -142,7 +142,7 @@ def test_killed_by_the_system(tmp_path: Path) -> None:
         "save = _loop.save_training_state\n"
         "def kill(folder, **state):\n"
         "    save(folder, **state)\n"
-        "    if os.environ.get('KILL'): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if name := os.environ.get('KILL'): os.kill(os.getpid(), getattr(signal, name))\n"
         "_loop.save_training_state = kill\n"
         "acmize.cli.main()\n"
     )
@@ -159,7 +159,10 @@ def test_killed_by_the_system(tmp_path: Path) -> None:
             capture_output=True, text=True, env={**env, **extra}, timeout=300,
         )  # fmt: skip
 
-    assert run("a", KILL="1").returncode == -signal.SIGKILL
+    stopped = run("a", KILL="SIGTERM")
+    assert stopped.returncode == 143
+    assert "--resume goes on" in stopped.stderr
+    assert run("a", "--resume", KILL="SIGKILL").returncode == -signal.SIGKILL
     assert (tmp_path / "a.work").is_dir()
     assert not (tmp_path / "a").exists()
     resumed, whole = run("a", "--resume"), run("b")

@@ -25,6 +25,7 @@ from acmize.checkpoint import (
     set_rng_state,
 )
 from acmize.errors import AcmizeError
+from acmize.interrupt import Stopped, asked, deferred
 
 log = logging.getLogger("acmize")
 FREE = {"checkpoint_every", "log_every", "trackers"}  # options that may change between a run and its resume
@@ -137,6 +138,7 @@ def fit(
         watch: Called with the optimizer steps done and the terms, at each log point.
 
     Raises:
+        Stopped: SIGTERM came, where `stopping_on_sigterm` listens; the state after the last step is saved.
         AcmizeError: Loss or gradient is not finite (the last checkpoint is restored first), an epoch is too
             short, the checkpoint does not fit this run, or the machine or disk cannot do what is asked.
     """
@@ -215,7 +217,7 @@ def fit(
                 scaler.load_state_dict(found["scaler"])
         else:
             save()  # a full disk shows now, and nothing older can be taken for this run
-        with _progress(name, steps, step) as show:
+        with _progress(name, steps, step) as show, deferred():
             for epoch in range(batch // steps_per_epoch, config.epochs):
                 set_seed(zlib.crc32(f"{config.seed} {name} {epoch}".encode()))
                 stream = iter(batches(epoch))
@@ -239,11 +241,14 @@ def fit(
                         accelerator.log(values, step=step)
                         if watch is not None:
                             watch(step, values)
-                    if step < steps and (step % config.checkpoint_every == 0 or batch % steps_per_epoch == 0):
+                    due = step % config.checkpoint_every == 0 or batch % steps_per_epoch == 0
+                    if step < steps and (due or asked()):
                         save()
-        for i, average in (ema or {}).items():
-            trained[int(i)].data.copy_(average)
-        save(done=True)
+                    if step < steps and asked():
+                        raise Stopped(f"{name}: stopped by SIGTERM at step {step} of {steps}")
+            for i, average in (ema or {}).items():
+                trained[int(i)].data.copy_(average)
+            save(done=True)
         return History(name=name, steps=step, seconds=seconds(), logs=logs)
     finally:
         set_rng_state(caller_rng)
