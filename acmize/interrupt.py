@@ -1,8 +1,8 @@
 """SIGTERM as a request: training saves where it stands, anything else stops at once; `--resume` goes on from there.
 
-A scheduler that takes a machine back sends SIGTERM and some seconds later SIGKILL. Within `deferred` (the training loop)
-the request only sets a flag, which the loop looks at between two steps, when its state is whole; outside it raises
-`Stopped` where the program stands, for every file is written under another name first.
+A scheduler that takes a machine back sends SIGTERM and some seconds later SIGKILL. Within `deferred` (the training
+loop) the request only sets a flag, which the loop looks at between two steps, when its state is whole; elsewhere it
+raises `Stopped` where the program stands, for every file is written under another name first.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def stopping_on_sigterm() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """SIGTERM only sets `asked` while the context is open; it is obeyed at the end, where nothing has done so before."""
+    """SIGTERM only sets `asked` while the context is open; what did not obey it inside does so at the end."""
     _state.deferring += 1
     try:
         yield

@@ -87,11 +87,8 @@ def test_sigterm_saves_the_step_under_way(tmp_path: Path, batch: int) -> None:
 
 
 def test_sigterm_elsewhere_stops_at_once() -> None:
-    reached = False
     with pytest.raises(Stopped), stopping_on_sigterm():
         os.kill(os.getpid(), signal.SIGTERM)
-        reached = True
-    assert not reached
 
 
 @pytest.mark.parametrize("options", [{}, {"accumulate": 2, "ema_decay": 0.9}, {"mixed_precision": "bf16"}], ids=str)
