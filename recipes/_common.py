@@ -17,14 +17,11 @@ import torch
 from torch import nn
 
 from acmize.api import Images, convert
-from acmize.checkpoint import load_tensors, read_json, save_tensors, write_json
+from acmize.checkpoint import read_json, write_json
 from acmize.controls import gates_share, static_width
 from acmize.evaluate import Reference, evaluate_at, reference
-from acmize.gates import Choose, choosing
 from acmize.hub import base_of, from_pretrained
 from acmize.models import architecture, load_model
-from acmize.phases.calibrate import Calibration
-from acmize.phases.finetune import finetune
 from acmize.plan import Plan
 from acmize.quickstart_model import digits_dataset
 from acmize.recipe import Recipe
@@ -210,33 +207,6 @@ def converted(folder: Path, dense: nn.Module, data: Any, recipe: Recipe, kwargs:
     made = convert(dense, data=data, recipe=recipe, base=base_of(dense, kwargs), work=work, resume=True)
     made.save_pretrained(folder)
     return made
-
-
-def train_control_(
-    path: Path, bench: Bench, recipe: Recipe, model: Any, choose: Choose, calibration: Calibration
-) -> Any:
-    """Train a control in place with the losses, steps and images of phase 3; kept in `path`.
-
-    Args:
-        path: safetensors of the trained model.
-        bench: data and teacher.
-        recipe: of the method that it is a control of.
-        model: converted.
-        choose: the choices that it is trained with.
-        calibration: tells `choose`, by the dial, what a step's budget is.
-    """
-    if not path.exists():
-        train, images = recipe.train, bench.images
-        batches, steps = images.epochs(images.augmented, recipe.seed + 1)
-        loop = recipe.loop(epochs=train.epochs, lr=train.lr, weight_decay=train.weight_decay, warmup=train.warmup)
-        with choosing(model, choose, probe=True):
-            finetune(
-                model, bench.model, model.plan, calibration, batches, steps_per_epoch=steps, losses=recipe.losses,
-                config=loop, checkpoint=path.with_suffix(".work"), resume=True,
-            )  # fmt: skip
-        save_tensors(path, model.state_dict())
-    model.load_state_dict(load_tensors(path))
-    return model.eval()
 
 
 def percent(value: float | None) -> str:

@@ -30,6 +30,7 @@ from itertools import combinations
 from typing import Any
 
 import _common as common
+import _training as training
 import torch
 from torch import nn
 
@@ -61,7 +62,7 @@ def main() -> None:
     parser = common.parser(__doc__ or "", __file__, (0.71, 0.6))
     parser.add_argument("--data", help="folder of CIFAR-10 (default: that of ACMIZE_ASSETS, 10,000 training images)")
     parser.add_argument("--epochs", type=int, default=2, help="of phase 3 and of the trained static control")
-    parser.add_argument("--lr", type=float, default=5e-4, help="of phase 3")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of phase 3")
     rows_of = [*VARIANTS, "static"]
     parser.add_argument("--variants", nargs="+", default=rows_of, choices=rows_of)
     args = parser.parse_args()
@@ -75,7 +76,7 @@ def main() -> None:
         "interpolate": False,
     }
     more: dict[str, Any] = {"method": "cosine-gate", "budget": budgets[0], "budgets": budgets, "holdout": 0.1}
-    more |= {"train": train, "losses": {"budgets": (0.55, 0.95)}}
+    more |= {"train": train, "losses": {"budgets": (0.55, 0.85)}}
     if not args.smoke:
         more |= {"batch_size": 128, "gates": {"images": 2000, "budgets": (0.5, 0.95)}}
     data = common.photographs(True) if args.smoke else args.data or str(common.assets() / "data" / "cifar10")
@@ -110,7 +111,7 @@ def main() -> None:
                 args.output / "models" / f"static-{dropped}.safetensors",
                 Calibration(budgets=(1.0,), dials=(0.0,)),
             )
-            common.train_control_(path, bench, recipe("predict"), model, choose, whole)
+            training.control_(path, bench, recipe("predict"), model, choose, whole)
         found = bench.row(model, plan, choose)
         ratio = found["macs_ratio"] - gates_share(model, plan)
         out = [name for name, kept in choices.items() if not kept]

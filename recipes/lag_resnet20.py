@@ -27,45 +27,17 @@ from functools import cache
 from typing import Any
 
 import _common as common
+import _training as training
 import torch
 
-from acmize.controls import gates_share, histograms, random_choice, static_width
-from acmize.gates import Choose
-from acmize.phases.calibrate import Calibration, calibrate, set_budget
+from acmize.controls import histograms, random_choice
 from acmize.recipe import resolve
-from acmize.removal import remove_dead_
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "label-free": {"gate": "damage"},
     "damage": {"gate": "damage"},
     "logistic": {"gate": "logistic"},
 }
-
-
-def by_dial(model: Any) -> Choose:
-    """Static width at the budget `1 - dial`, for the gates' own cost more, since it runs none."""
-
-    @cache
-    def at(budget: float) -> Choose:
-        return static_width(model, model.plan, budget + gates_share(model, model.plan))
-
-    return lambda gate, x: at(round(1.0 - gate.dial.item(), 2))(gate, x)
-
-
-def removed_rows(rows: common.Rows, bench: common.Bench, model: Any, budgets: tuple[float, ...]) -> None:
-    """What is left when the learners that at most 1 % of samples run at the largest budget are cut off."""
-    before = sum(p.numel() for p in model.parameters())
-    set_budget(model, model.plan, model.calibration, max(budgets))
-    model.plan = remove_dead_(model, model.plan, bench.held)
-    low, high = model.plan.budget_range
-    reached = [b for b in budgets if low < b < high]
-    model.calibration = calibrate(model, model.plan, bench.held, reached)
-    left = sum(p.numel() for p in model.parameters())
-    for budget in reached:
-        rows.measure(
-            f"damage, removed @ {budget:g}",
-            lambda b=budget: {**bench.gated(model, b), "parameters": left, "parameters_before": before},
-        )
 
 
 def main() -> None:
@@ -113,10 +85,8 @@ def main() -> None:
 
     @cache
     def static() -> Any:
-        model = copy.deepcopy(adaptive("label-free"))
-        identity = Calibration(budgets=(1.0, 0.0), dials=(0.0, 1.0))  # the dial tells `by_dial` the step's budget
         path = args.output / "models" / "static.safetensors"
-        return common.train_control_(path, bench, recipe("damage"), model, by_dial(model), identity)
+        return training.static_(path, bench, recipe("damage"), copy.deepcopy(adaptive("label-free")))
 
     rows = common.Rows(args, __file__)
     rows.measure("dense", lambda: common.dense_row(bench))
@@ -126,7 +96,7 @@ def main() -> None:
     if "damage" in args.variants:
         for budget in budgets:
             rows.measure(f"random @ {budget:g}", lambda b=budget: random_row(b))
-        removed_rows(rows, bench, copy.deepcopy(adaptive("damage")), budgets)
+        training.removed_rows(rows, "damage, removed", bench, copy.deepcopy(adaptive("damage")), budgets)
     if "static" in args.variants:
         plain = adaptive("label-free")
         for budget in budgets:
