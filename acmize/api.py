@@ -356,10 +356,11 @@ class _Conversion:
         gates = {"lr": train.gate_lr, "weight_decay": train.gate_decay}
         assert self.calibration is not None
         before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        finetune(
+        history = finetune(
             self.model, self.dense, self.plan, self.calibration, batches, steps_per_epoch=steps, losses=losses,
             config=loop, mix=mix, gates={k: v for k, v in gates.items() if v is not None}, **self._checkpoint(),
         )  # fmt: skip
+        self.measured["finetune_loss"] = [round(terms["loss"], 4) for terms in history.logs]
         if train.interpolate:
             scores = interpolate_(self.model, before, self._held_out_error())
             self.measured["interpolated"] = {f"{share:g}": value for share, value in scores.items()}

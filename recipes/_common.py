@@ -100,13 +100,14 @@ class Rows:
     """Measured rows in `results.json`, each written at once, so that a run that was killed goes on where it stopped.
 
     Args:
-        args: arguments of the recipe; but for the folder and --from they must be those the folder was begun with.
+        args: arguments of the recipe; but for the folder, --from and --variants they must be those that the folder was
+            begun with.
         file: the recipe's.
     """
 
     def __init__(self, args: argparse.Namespace, file: str) -> None:
         self.path = args.output / "results.json"
-        skip = ("output", "trained")
+        skip = ("output", "trained", "variants")
         settings = {k: v for k, v in sorted(vars(args).items()) if k not in skip}
         self.found: dict[str, Any] = {"recipe": Path(file).stem, "settings": settings, "machine": machine(), "rows": {}}
         if self.path.exists():

@@ -26,22 +26,20 @@ from statistics import fmean, stdev
 from typing import Any
 
 import _common as common
+import _training as training
 import timm
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import acmize.cifar_models  # noqa: F401 - registers TinyModel
-from acmize.checkpoint import load_tensors, save_tensors
 from acmize.controls import histograms, random_choice
 from acmize.cost import count_macs
 from acmize.evaluate import evaluate_at, reference
-from acmize.gates import record, set_dial
+from acmize.gates import set_dial
 from acmize.hosts import example_input, make_plan
 from acmize.init import init_
 from acmize.insert import convert_
 from acmize.methods.ada_pconv import AdaPConvConfig
-from acmize.phases._loop import fit
 from acmize.recipe import resolve
 
 NAME = "acmize_fasternet_tiny_cifar"
@@ -54,25 +52,10 @@ def tiny(args: Any, divisor: int = 4) -> nn.Module:
     return timm.create_model(NAME, n_div=divisor).to(args.device)
 
 
-def train(args: Any, bench: common.Bench, recipe: Any, name: str, model: nn.Module, seed: int) -> nn.Module:
-    """Cross-entropy and what the modules add; kept as safetensors."""
+def trained(args: Any, bench: common.Bench, recipe: Any, name: str, model: nn.Module, seed: int) -> nn.Module:
+    """The model after training under the protocol above."""
     path = args.output / "models" / f"{name.replace(' ', '-').replace('/', '')}-{seed}.safetensors"
-    if not path.exists():
-        batches, steps = bench.images.epochs(bench.images.fit, seed)
-
-        def loss(batch: tuple[Tensor, Tensor], _step: int) -> dict[str, Tensor]:
-            with record(model, len(batch[0])) as seen:
-                task = F.cross_entropy(model(batch[0]), batch[1])
-            terms = {key: torch.stack(parts).sum() for key, parts in seen.losses.items()}
-            return {"loss": torch.stack([task, *terms.values()]).sum(), "task": task, **terms}
-
-        fit(
-            name=path.stem, model=model.train(), loss=loss, batches=batches, steps_per_epoch=steps,
-            config=recipe.loop(epochs=recipe.train.epochs, lr=1e-3), checkpoint=path.parent / "steps", resume=True,
-        )  # fmt: skip
-        save_tensors(path, model.state_dict())
-    model.load_state_dict(load_tensors(path))
-    return model.eval()
+    return training.from_scratch_(path, bench, recipe, model, seed=seed, augment=False)
 
 
 def main() -> None:
@@ -123,8 +106,8 @@ def measure(args: Any, rows: common.Rows, recipe: Any, data: Any, seed: int) -> 
         torch.manual_seed(seed)
         model = start if name == "baseline" else tiny(args, DIVISORS[name])
         macs = count_macs(model, example)
-        trained = train(args, bench, recipe, name, copy.deepcopy(model), seed)
-        accuracy = reference(trained, bench.test).accuracy
+        made = trained(args, bench, recipe, name, copy.deepcopy(model), seed)
+        accuracy = reference(made, bench.test).accuracy
         return {"macs": macs, "macs_dense": whole, "macs_ratio": macs / whole, "accuracy": accuracy}
 
     def routed(mode: Any, at_random: bool = False) -> common.Row:
@@ -132,7 +115,7 @@ def measure(args: Any, rows: common.Rows, recipe: Any, data: Any, seed: int) -> 
         model = convert_(copy.deepcopy(start), plan)
         init_(model, start, plan, {})
         set_dial(model, TRAINED)
-        model = train(args, bench, recipe, mode, model, seed)
+        model = trained(args, bench, recipe, mode, model, seed)
         chosen = histograms(model, bench.held)
         choose = random_choice(model, chosen, torch.Generator().manual_seed(seed)) if at_random else None
         found = evaluate_at(model, plan, bench.test, reference(model, bench.test), choose)

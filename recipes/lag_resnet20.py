@@ -11,8 +11,9 @@ Shows:     rows at three budgets (.8, .7, .6 of 40.6 M MACs), all from the given
            random            widths drawn from the histograms of `damage`
            static            the same share of channels for every sample and block, label-free and trained like phase 3
            removed           `damage` at the largest budget, what almost no sample runs cut off: parameters
-Data:      CIFAR-10. 10 % of the training images are held out for calibration and interpolation; nothing is chosen on
-           the test split. The given weights were trained on all training images, the held-out ones too.
+Data:      CIFAR-10. 10 % of the training images are held out for calibration; nothing is chosen on the test split. The
+           given weights were trained on all training images, the held-out ones too: their errors are no guide, so the
+           weights are not interpolated with those before training.
 Seed:      0.
 Versions:  in results.json.
 
@@ -26,65 +27,17 @@ from functools import cache
 from typing import Any
 
 import _common as common
+import _training as training
 import torch
 
-from acmize.checkpoint import load_tensors, save_tensors
-from acmize.controls import gates_share, histograms, random_choice, static_width
-from acmize.gates import Choose, choosing
-from acmize.phases.calibrate import Calibration, calibrate, set_budget
-from acmize.phases.finetune import finetune
+from acmize.controls import histograms, random_choice
 from acmize.recipe import resolve
-from acmize.removal import remove_dead_
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "label-free": {"gate": "damage"},
     "damage": {"gate": "damage"},
     "logistic": {"gate": "logistic"},
 }
-
-
-def by_dial(model: Any) -> Choose:
-    """Static width at the budget `1 - dial`, for the gates' own cost more, since it runs none."""
-
-    @cache
-    def at(budget: float) -> Choose:
-        return static_width(model, model.plan, budget + gates_share(model, model.plan))
-
-    return lambda gate, x: at(round(1.0 - gate.dial.item(), 2))(gate, x)
-
-
-def train_static(args: Any, bench: common.Bench, recipe: Any, model: Any) -> Any:
-    """Every sample alike, with the losses, steps, budgets and images of phase 3."""
-    path = args.output / "models" / "static.safetensors"
-    if not path.exists():
-        train, images = recipe.train, bench.images
-        batches, steps = images.epochs(images.augmented, recipe.seed + 1)
-        loop = recipe.loop(epochs=train.epochs, lr=train.lr, weight_decay=train.weight_decay, warmup=train.warmup)
-        identity = Calibration(budgets=(1.0, 0.0), dials=(0.0, 1.0))  # the dial tells `choose` the step's budget
-        with choosing(model, by_dial(model), probe=True):
-            finetune(
-                model, bench.model, model.plan, identity, batches, steps_per_epoch=steps, losses=recipe.losses,
-                config=loop, checkpoint=path.parent / "steps", resume=True,
-            )  # fmt: skip
-        save_tensors(path, model.state_dict())
-    model.load_state_dict(load_tensors(path))
-    return model.eval()
-
-
-def removed_rows(rows: common.Rows, bench: common.Bench, model: Any, budgets: tuple[float, ...]) -> None:
-    """What is left when the learners that at most 1 % of samples run at the largest budget are cut off."""
-    before = sum(p.numel() for p in model.parameters())
-    set_budget(model, model.plan, model.calibration, max(budgets))
-    model.plan = remove_dead_(model, model.plan, bench.held)
-    low, high = model.plan.budget_range
-    reached = [b for b in budgets if low < b < high]
-    model.calibration = calibrate(model, model.plan, bench.held, reached)
-    left = sum(p.numel() for p in model.parameters())
-    for budget in reached:
-        rows.measure(
-            f"damage, removed @ {budget:g}",
-            lambda b=budget: {**bench.gated(model, b), "parameters": left, "parameters_before": before},
-        )
 
 
 def main() -> None:
@@ -94,11 +47,18 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4, help="of phase 3 and of the trained static control")
     parser.add_argument("--lr", type=float, default=5e-4, help="of phase 3")
     parser.add_argument("--num-learners", type=int, default=4)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    rows_of = [*VARIANTS, "static"]
+    parser.add_argument("--variants", nargs="+", default=rows_of, choices=rows_of)
     args = parser.parse_args()
     options, budgets = common.start(args, __file__), tuple(args.budgets)
     options.pop("acm", None)  # --smoke: options of another method
-    train = {"epochs": 1 if args.smoke else args.epochs, "lr": args.lr, "crop_pad": 4, "warmup": 0.1}
+    train = {
+        "epochs": 1 if args.smoke else args.epochs,
+        "lr": args.lr,
+        "crop_pad": 4,
+        "warmup": 0.1,
+        "interpolate": False,
+    }
     more: dict[str, Any] = {"method": "lag", "budget": budgets[0], "budgets": budgets, "holdout": 0.1}
     more |= {"train": train, "losses": {"budgets": (0.5, 0.95)}}
     if not args.smoke:
@@ -125,21 +85,23 @@ def main() -> None:
 
     @cache
     def static() -> Any:
-        return train_static(args, bench, recipe("damage"), copy.deepcopy(adaptive("label-free")))
+        path = args.output / "models" / "static.safetensors"
+        return training.static_(path, bench, recipe("damage"), copy.deepcopy(adaptive("label-free")))
 
     rows = common.Rows(args, __file__)
     rows.measure("dense", lambda: common.dense_row(bench))
-    for name in args.variants:
+    for name in (v for v in args.variants if v in VARIANTS):
         for budget in budgets:
             rows.measure(f"{name} @ {budget:g}", lambda n=name, b=budget: bench.gated(adaptive(n), b))
-    plain = adaptive("label-free")
-    for budget in budgets:
-        rows.measure(f"static, label-free @ {budget:g}", lambda b=budget: bench.static(plain, plain.plan, b))
     if "damage" in args.variants:
         for budget in budgets:
             rows.measure(f"random @ {budget:g}", lambda b=budget: random_row(b))
+        training.removed_rows(rows, "damage, removed", bench, copy.deepcopy(adaptive("damage")), budgets)
+    if "static" in args.variants:
+        plain = adaptive("label-free")
+        for budget in budgets:
+            rows.measure(f"static, label-free @ {budget:g}", lambda b=budget: bench.static(plain, plain.plan, b))
             rows.measure(f"static, trained @ {budget:g}", lambda b=budget: bench.static(static(), static().plan, b))
-        removed_rows(rows, bench, copy.deepcopy(adaptive("damage")), budgets)
     rows.show({**common.columns(), "parameters": lambda _, r: f"{r['parameters']:,}" if "parameters" in r else "-"})
 
 

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import copy
-import json
 from typing import Any
 
 import pytest
-import timm
 import torch
-from tiny_cnn import PARTIAL, fasternet, images, noisy
+from tiny_cnn import fasternet, images
 from torch import nn
 
 import acmize.cifar_models  # noqa: F401 - registers the TinyModel
 from acmize.branches import PartialBranches
-from acmize.cost import count_macs, evaluating
+from acmize.cost import count_macs
 from acmize.damage import collect_damage
 from acmize.errors import AcmizeError
-from acmize.gates import GateSpec, choosing, full_width, gates_of, record, set_dial
+from acmize.gates import GateSpec, choosing, full_width, record, set_dial
 from acmize.hosts import make_plan
-from acmize.hub import from_pretrained, make_adaptive
 from acmize.init import collect_moments, init_
 from acmize.insert import convert_
 from acmize.methods.ada_pconv import AdaPConvConfig, Router
-from acmize.ops import use_backend
 from acmize.phases.calibrate import calibrate
 from acmize.phases.pretrain_gates import fit_damage_gates
 from acmize.plan import Plan
 
 HARD, SOFT, DAMAGE = AdaPConvConfig(), AdaPConvConfig(mode="soft"), AdaPConvConfig(gate="damage", gate_hidden=4)
-MODELS = {**PARTIAL, "tiny model": lambda: noisy(timm.create_model("acmize_fasternet_tiny_cifar"))}
 
 
 def adapted(dense: nn.Module, config: AdaPConvConfig = HARD) -> tuple[nn.Module, Plan]:
@@ -43,54 +38,19 @@ def branch(k: int) -> Any:
     return lambda gate, x: torch.full((len(x), 1), k)
 
 
-def mixed(_gate: Any, x: torch.Tensor) -> torch.Tensor:
-    return (torch.arange(len(x)) % 3 + 1)[:, None]
-
-
-@pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_insertion_changes_nothing(name: str) -> None:
-    dense = MODELS[name]()
+def test_two_branches_compute_what_the_dense_one_did() -> None:
+    dense = fasternet()
     model, plan = adapted(dense)
-    assert len(plan.entries) == (6 if name == "tiny model" else 4)
+    assert len(plan.entries) == 4
     x = images(4, seed=2)
     logits = dense(x)
     scale = logits.std()
-    torch.testing.assert_close(model(x) / scale, logits / scale, rtol=0, atol=1e-4)  # as the routers stand
     for k in (2, 3):
-        for backend in ("masked", "sorted"):
-            with choosing(model, branch(k)), use_backend(backend):
-                torch.testing.assert_close(model(x) / scale, logits / scale, rtol=0, atol=1e-4)
+        with choosing(model, branch(k)):
+            torch.testing.assert_close(model(x) / scale, logits / scale, rtol=0, atol=1e-4)
     with choosing(model, branch(1)):
         assert (model(x) - logits).abs().max() / scale > 1e-3
-    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
-
-
-@pytest.mark.parametrize("config", [HARD, DAMAGE], ids=["router", "damage"])
-@torch.no_grad()
-def test_paths_agree_and_macs_are_those_counted(config: AdaPConvConfig) -> None:
-    dense = fasternet()
-    model, plan = adapted(dense, config)
-    for module in model.modules():  # branches of their own, as after training
-        if isinstance(module, PartialBranches):
-            for conv in module.convs:
-                conv.weight.add_(0.3 * torch.randn_like(conv.weight))  # pyright: ignore
-    x = images(6, seed=3)
-    with choosing(model, mixed):
-        with use_backend("masked"):
-            masked = model(x)
-        scale = masked.std()
-        torch.testing.assert_close(model(x) / scale, masked / scale, rtol=0, atol=2e-5)
-    for choose in (branch(1), branch(2), branch(3), mixed):
-        with choosing(model, choose), record(model, len(x)) as seen:
-            counted = count_macs(model, x)
-        gates = sum(seen.gates.values())
-        assert counted == len(x) * (plan.macs_rest() - gates) + seen.executed().sum().item()
-    with record(model, len(x)) as seen:
-        assert count_macs(model, x) == len(x) * plan.macs_rest() + seen.executed().sum().item()
-    together = model(x)
-    for i in range(len(x)):
-        torch.testing.assert_close(model(x[i : i + 1]) / scale, together[i : i + 1] / scale, rtol=0, atol=2e-5)
 
 
 @torch.no_grad()
@@ -176,22 +136,6 @@ def test_damage_gates_find_that_the_largest_branch_adds_nothing_yet() -> None:
     with record(model, 24) as seen, torch.no_grad():
         model.eval()(held[0])
     assert all(histogram[3] == 0 for histogram in seen.choices.values())
-
-
-def test_saved_and_loaded_bit_by_bit(tmp_path: Any) -> None:
-    dense = fasternet()
-    model, plan = adapted(dense)
-    for gate in gates_of(model):
-        router: Any = gate
-        router.fc.weight.data.normal_(generator=torch.Generator().manual_seed(0))
-    calibration = calibrate(model, plan, [images(24, seed=9)], (1.0,), tolerance=0.05)
-    base = {"library": "module", "architecture": "FasterNet", "kwargs": {}, "pretrained_cfg": {}}
-    made = make_adaptive(model, plan, calibration, base)
-    made.set_budget(1.0)
-    made.save_pretrained(tmp_path / "out")
-    loaded = from_pretrained(tmp_path / "out", model=fasternet())
-    with evaluating(made, loaded):
-        assert torch.equal(loaded(images(5, seed=4)), made(images(5, seed=4)))
 
 
 @pytest.mark.parametrize(

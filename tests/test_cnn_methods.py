@@ -1,4 +1,4 @@
-"""LAG and Ada-PConv the whole way: the same convert, verify, save, load and command line as every method."""
+"""Methods for CNNs the whole way: the same convert, verify, save, load and command line as every method."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from short import OPTIONS
 from tiny_cnn import images, noisy
 
-import acmize.cifar_models  # noqa: F401 - registers the models
 from acmize.api import convert
+from acmize.gates import choosing, full_width
 from acmize.hub import from_pretrained, save_pretrained
 from acmize.quickstart_model import digits_dataset
 from acmize.recipe import resolve
@@ -21,6 +21,7 @@ from acmize.verify import noise, verify
 
 SHORT = {k: v for k, v in OPTIONS.items() if k not in ("acm", "distill", "budget", "budgets")}
 CASES: dict[str, tuple[str, dict[str, Any], tuple[float, float], tuple[str, ...]]] = {
+    "cosine-gate": ("acmize_resnet20_cifar", {"gate_hidden": 4}, (0.85, 0.7), ()),
     "lag": ("acmize_resnet20_cifar", {"num_learners": 4, "gate_hidden": 4}, (0.85, 0.7), ()),
     "lag, logistic": ("acmize_resnet20_cifar", {"num_learners": 4, "gate": "logistic"}, (0.85, 0.7), ("finetune",)),
     "ada-pconv": ("acmize_fasternet_tiny_cifar", {"gate": "damage"}, (0.98, 0.96), ()),
@@ -40,11 +41,15 @@ def converted(request: Any) -> tuple[Any, Any, str]:
 
 
 def test_converted_like_any_other(converted: Any) -> None:
-    _, made, case = converted
+    dense, made, case = converted
+    assert made.recipe["method"] == case.partition(",")[0]
     high, low = (row["macs_ratio"] for row in made.results["results"])
     assert 1 > high > low > made.plan.budget_range[0]
     if not case.endswith("logistic"):  # one epoch on 64 digits leaves its gates as it will
         assert any(row["macs_ratio_std"] > 0 for row in made.results["results"]), "samples differ in what they run"
+        x = images(3)
+        with torch.no_grad(), choosing(made, full_width):
+            torch.testing.assert_close(made(x), dense(x), rtol=1e-4, atol=1e-4)  # no weight was trained
 
 
 @torch.no_grad()

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CONFIG, HOSTS, Mine, Random, adapted, half_width, images, inputs_for, plan_of, vit
+from tiny import CONFIG, Mine, Random, adapted, half_width, images, plan_of, vit
 from torch import nn
 
 from acmize import AcmConfig, AcmizeError, Plan, ops
 from acmize.cost import count_macs
-from acmize.gates import Gate, choosing, full_width, gates_of, record
+from acmize.gates import choosing, gates_of
 from acmize.hosts import make_plan
 from acmize.insert import convert_
 from acmize.ops import use_backend
@@ -30,14 +30,6 @@ def test_planning_changes_nothing() -> None:
     assert [p.requires_grad for p in model.parameters()] == needs
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(m._forward_hooks for m in model.modules())
-
-
-@pytest.mark.parametrize("name", HOSTS)
-def test_round_trip_through_json(name: str) -> None:
-    plan = plan_of(HOSTS[name]())
-    again = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
-    assert again == plan
-    assert again.budget_range == plan.budget_range
 
 
 def test_a_frozen_plan() -> None:
@@ -191,30 +183,6 @@ def test_dense_macs_by_hand() -> None:
     tokens, d = 17, 32
     block = tokens * (4 * d * d + 2 * d * 4 * d) + 2 * tokens * tokens * d  # the attention product in full
     assert plan_of(vit()).macs_dense == 16 * 3 * 16 * d + 2 * block + d * 5
-
-
-@pytest.mark.parametrize("name", HOSTS)
-@pytest.mark.parametrize("choices", ["random", "full", "half"])
-@torch.no_grad()
-def test_analytic_macs_are_those_of_the_work_done(name: str, choices: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sorted backend's products, counted by `FlopCounterMode`, against the recorder's sum."""
-    monkeypatch.setattr(ops, "OVERHEAD_MACS", 0)  # no token computed in vain to save a product
-    dense = HOSTS[name]()
-    model, plan = adapted(dense)
-    x = inputs_for(dense, 3, seed=5)
-    how = {"random": Random(1), "full": full_width, "half": half_width}[choices]
-
-    def choose(gate: Gate, x: torch.Tensor) -> torch.Tensor:
-        gate.energies(x)  # the gate's own work, which an overriding choice would spare
-        return how(gate, x)
-
-    with choosing(model, choose), use_backend("sorted"), record(model, 3) as seen:
-        counted = count_macs(model, x)
-    analytic = 3 * plan.macs_rest() + seen.executed().sum().item()
-    # a gate of G groups rounds its share of the first layer up: less than G MACs a token
-    slack = sum(3 * e.tokens for e in plan.entries)
-    assert counted <= analytic <= counted + slack
-    assert abs(counted - analytic) / counted < 1e-3
 
 
 @torch.no_grad()

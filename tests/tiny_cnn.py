@@ -6,13 +6,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import timm
 import torch
 from timm.models import efficientnet
 from timm.models.convnext import ConvNeXt
 from timm.models.fasternet import FasterNet
+from timm.models.regnet import RegNet, RegNetCfg
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.vgg import VGG
 from torch import Tensor, nn
+
+import acmize.cifar_models  # noqa: F401 - registers the models
 
 SIZE = 32
 
@@ -28,9 +32,9 @@ def noisy(model: nn.Module) -> Any:
     return model.eval()
 
 
-def resnet(block: Any, **kwargs: Any) -> Any:
+def resnet(block: Any, layers: Any = (1, 1, 1, 2), **kwargs: Any) -> Any:
     channels = {"channels": (8, 16, 16, 16), "stem_width": 8, "num_classes": 5}
-    return noisy(ResNet(block, (1, 1, 1, 2), **{**channels, **kwargs}))
+    return noisy(ResNet(block, layers, **{**channels, **kwargs}))
 
 
 def lite(**kwargs: Any) -> Any:
@@ -53,21 +57,41 @@ def fasternet(**kwargs: Any) -> Any:
     return noisy(made)
 
 
+def convnext(**kwargs: Any) -> Any:
+    return noisy(ConvNeXt(depths=(1, 1, 1, 1), dims=(16, 16, 24, 24), num_classes=5, ls_init_value=0.5, **kwargs))
+
+
+def regnet(**kwargs: Any) -> Any:
+    cfg = RegNetCfg(depth=6, w0=16, wa=16.0, wm=2.0, group_size=8, stem_width=8, se_ratio=0.25, **kwargs)
+    return noisy(RegNet(cfg, num_classes=5))
+
+
 CHAINS: dict[str, Callable[[], Any]] = {
     "resnet basic": partial(resnet, BasicBlock),
     "resnet bottleneck": partial(resnet, Bottleneck),
     "efficientnet lite": lite,
     "vgg": vgg,
     "vgg without norms": partial(vgg, None),
-    "convnext": lambda: noisy(ConvNeXt(depths=(1, 1, 1, 1), dims=(16, 16, 24, 24), num_classes=5, ls_init_value=0.5)),
-    "convnext conv_mlp": lambda: noisy(
-        ConvNeXt(depths=(1, 1, 1, 1), dims=(16, 16, 24, 24), num_classes=5, conv_mlp=True, ls_init_value=0.5)
-    ),
+    "convnext": convnext,
+    "convnext conv_mlp": partial(convnext, conv_mlp=True),
     "fasternet": fasternet,
+}
+DEEP: dict[str, Any] = {"layers": (2, 2, 1, 2), "channels": (8, 8, 16, 16)}
+BLOCKS: dict[str, Callable[[], Any]] = {
+    "cifar resnet": lambda: noisy(timm.create_model("acmize_resnet20_cifar")),
+    "resnet basic": partial(resnet, BasicBlock, **DEEP),
+    "resnet bottleneck": partial(resnet, Bottleneck, **DEEP),
+    "resnet se": partial(resnet, BasicBlock, **DEEP, block_args={"attn_layer": "se"}),
+    "regnet": regnet,
+    "regnet preactivation": partial(regnet, preact=True),
+    "regnet silu": partial(regnet, act_layer="silu"),
+    "convnext": convnext,
+    "convnext conv_mlp": partial(convnext, conv_mlp=True),
 }
 PARTIAL: dict[str, Callable[[], Any]] = {
     "fasternet": fasternet,
     "fasternet, slicing": partial(fasternet, pconv_fw_type="slicing"),
+    "tiny model": lambda: noisy(timm.create_model("acmize_fasternet_tiny_cifar")),
 }
 
 

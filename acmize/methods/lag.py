@@ -98,7 +98,13 @@ class Lag(Method):
     name = "lag"
     kinds = ("channels",)
     gates: ClassVar = {"damage": ("damage",), "logistic": ("damage", "none")}
-    defaults: ClassVar = {"merge": "none", "phases": ("gates", "finetune"), "train": {"gate_decay": 0.0}}
+    defaults: ClassVar = {
+        "merge": "none",
+        "phases": ("gates", "finetune"),
+        "train": {"gate_decay": 0.0},
+        # Labels count in full, and the budget holds against what channels are worth before the rest has adapted.
+        "losses": {"task": 1.0, "features": 0.0, "budget": 10.0, "entropy": 0.0, "diversity": 0.0},
+    }
 
     def plan(
         self, site: Any, modules: dict[str, Any], config: LagConfig, keep: Keep, work: Any
