@@ -1,6 +1,7 @@
 """acmize turns a pretrained model into one that spends compute only where the input needs it."""
 
-import acmize.cifar_models  # noqa: F401 - registers models with timm
+import acmize.auto
+import acmize.cifar_models  # registers models with timm
 from acmize.__about__ import __version__
 from acmize.errors import AcmizeError
 from acmize.methods.acm import AcmConfig
@@ -17,6 +18,9 @@ _LAZY = {
     "save_pretrained": "acmize.hub",
 }
 __all__ = ["AcmConfig", "AcmizeError", "Plan", "PlanEntry", "Site", "__version__", *_LAZY]
+
+
+acmize.auto.install()
 
 
 def __getattr__(name: str) -> object:

@@ -134,7 +134,7 @@ class _Conversion:
         self.measured: dict[str, Any] = {}  # by stages, beside the weights
         self.calibration: Calibration | None = None
         # Where gradients reach every choice of every token, memory is that of the activations, many times over.
-        self.small_batch = 20 if plan.macs_dense < 8e9 else 8
+        self.small_batch = min(20 if plan.macs_dense < 8e9 else 8, recipe.batch_size)
         self._check_labels()
         if self.work is not None:
             if not resume and self.work.exists():
@@ -164,7 +164,7 @@ class _Conversion:
         losses = self.recipe.losses
         if "finetune" not in self.recipe.phases or losses.task == 0 or losses.teacher > 0 or losses.features > 0:
             return
-        if bool((self.images.augmented.labels_N < 0).all()):
+        if not self.images.has_labels:
             raise AcmizeError(
                 f"data {self.images.name}: found no labels, but finetune without a teacher needs them; give labels, "
                 "set losses.teacher above 0, or leave finetune out of --phases"
@@ -197,9 +197,10 @@ class _Conversion:
         """Leave sites dense whose learners do not pay on this device; a resumed conversion keeps the plan it had."""
         kept = None if self.work is None else self.work / "device.json"
         if kept is not None and kept.exists():
-            names = read_json(kept)["names"]
+            names, size = (read_json(kept)[key] for key in ("names", "size"))
         else:
-            inputs = next(self.images.batches(self.images.fit, size, size=size))
+            inputs = max(self.images.batches(self.images.fit, size, size=size), key=len)
+            size = len(inputs)  # fewer where there are no more, or where samples go one by one
             times = site_times(self.dense, self.plan, inputs, self.recipe.seed)
             for t in times:
                 told = f"{t.dense_ms:.2f} ms dense, {t.adaptive_ms:.2f} ms at half of the learners"
@@ -215,7 +216,7 @@ class _Conversion:
                     )
                 log.info("no site pays in batches of %d: tokens are merged, and nothing else", size)
             if kept is not None:
-                write_json(kept, {"names": names})
+                write_json(kept, {"names": names, "size": size})
         self._replan(names, f"does not pay on this device in batches of {size}")
         self.plan.check_budget(self.recipe.budget)
 
@@ -356,10 +357,12 @@ class _Conversion:
         gates = {"lr": train.gate_lr, "weight_decay": train.gate_decay}
         assert self.calibration is not None
         before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        history = finetune(
-            self.model, self.dense, self.plan, self.calibration, batches, steps_per_epoch=steps, losses=losses,
-            config=loop, mix=mix, gates={k: v for k, v in gates.items() if v is not None}, **self._checkpoint(),
-        )  # fmt: skip
+        with self.images.training(self.model):
+            history = finetune(
+                self.model, self.dense, self.plan, self.calibration, batches, steps_per_epoch=steps, losses=losses,
+                config=loop, task=self.images.task, mix=mix, gates={k: v for k, v in gates.items() if v is not None},
+                **self._checkpoint(),
+            )  # fmt: skip
         self.measured["finetune_loss"] = [round(terms["loss"], 4) for terms in history.logs]
         if train.interpolate:
             scores = interpolate_(self.model, before, self._held_out_error())

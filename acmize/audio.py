@@ -1,6 +1,6 @@
 """Audio data sets from anything `datasets` opens with an audio column, decoded by soundfile, at the model's rate.
 
-Transcripts are optional, and only used to measure. Nothing is decoded before it is asked for.
+Transcripts are optional. Nothing is decoded before it is asked for.
 """
 
 from __future__ import annotations
@@ -58,7 +58,6 @@ class AudioSet:
         self._rows: Any = data.cast_column(audio_column, datasets.Audio(decode=False)) if undecoded else data
         self.name, self.rate = name, rate
         self._audio, self._text = audio_column, text_column
-        self.labels_N = torch.full((len(data),), -1)  # no classes: what is learnt comes from the dense model
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -76,6 +75,11 @@ class AudioSet:
 
     def __iter__(self) -> Iterator[Utterance]:
         return (self[i] for i in range(len(self)))
+
+    @property
+    def has_transcripts(self) -> bool:
+        """Whether any recording has one."""
+        return self._text is not None and any(self._rows[self._text])
 
     def seconds(self) -> list[float]:
         """Length of every recording, from the files' headers."""

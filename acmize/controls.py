@@ -10,31 +10,86 @@ Each is a `Choose` for `choosing(model, ...)`, so the model, its learners and it
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from acmize.cost import evaluating
+from acmize.errors import AcmizeError
 from acmize.gates import AdaptiveModule, Choose, Gate, record
 from acmize.inputs import Batch, forward
 from acmize.methods.token_merging import schedule_of
 from acmize.plan import Plan
 
 
-def static_width(model: nn.Module, plan: Plan, budget: float) -> Choose:
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What the samples of some data need in the mean, gates and choices aside.
+
+    Attributes:
+        tokens: entry -> tokens a sample.
+        dense: MACs of the dense model a sample.
+        rest: MACs a sample outside the adaptive sites and their gates.
+    """
+
+    tokens: Mapping[str, float]
+    dense: float
+    rest: float
+
+
+def workload(model: nn.Module, plan: Plan, batches: Iterable[Batch] = ()) -> Workload:
+    """The work of samples alike, from the plan and the merging schedule in force; of unequal lengths, from the samples.
+
+    Args:
+        model: the converted model.
+        plan: its plan.
+        batches: inputs; needed only where samples have unequal lengths (speech), where each of them is run.
+
+    Raises:
+        AcmizeError: unequal lengths and no inputs.
+    """
+    if plan.length_macs is None:
+        left = _tokens_left(model, plan)
+        tokens = {e.fqn: left[e.fqn] * e.tokens for e in plan.entries}
+        return Workload(tokens=tokens, dense=plan.macs_dense, rest=plan.macs_rest(schedule_of(model)))
+    samples, dense, total = 0, 0.0, dict.fromkeys((e.fqn for e in plan.entries), 0.0)
+    with evaluating(model):
+        for batch in batches:
+            with record(model, len(batch)) as seen:
+                forward(model, batch)
+            zero = torch.zeros(len(batch), dtype=torch.float64)
+            each = {name: zero + torch.as_tensor(count).cpu() for name, count in seen.tokens.items()}
+            dense += plan.account(zero, each)[1].sum().item()
+            total = {name: count + each[name].sum().item() for name, count in total.items()}
+            samples += len(batch)
+    if not samples:
+        raise AcmizeError("workload: found no inputs, expected those that will be run: their lengths are unequal")
+    tokens = {name: count / samples for name, count in total.items()}
+    rest = dense / samples - sum(tokens[e.fqn] * (e.macs // e.tokens) for e in plan.entries)
+    return Workload(tokens=tokens, dense=dense / samples, rest=rest)
+
+
+def static_width(model: nn.Module, plan: Plan, budget: float, work: Workload | None = None) -> Choose:
     """Every token runs the same number of learners at a site, the same share at every site, at a budget.
 
     What is left over when the share is rounded down buys one learner more at as many sites as it can, spread over the
     depth, so that the budget is met within the cost of one learner.
+
+    Args:
+        model: the converted model.
+        plan: its plan.
+        budget: share of the dense MACs, gates included.
+        work: of the data, from `workload`; needed where samples have unequal lengths.
     """
-    left = _tokens_left(model, plan)
-    free = (budget - gates_share(model, plan)) * plan.macs_dense - plan.macs_rest(schedule_of(model))
+    work = work or workload(model, plan)
+    free = (budget - gates_share(model, plan, work)) * work.dense - work.rest
 
     def rounded_down(share: float) -> dict[str, int]:
         return {e.fqn: max(int(share * e.num_learners), e.min_choice) for e in plan.entries}
 
     def spent(choices: dict[str, int]) -> float:
-        return sum(left[e.fqn] * e.tokens * sum(e.learner_macs[: choices[e.fqn]]) for e in plan.entries)
+        return sum(work.tokens[e.fqn] * sum(e.learner_macs[: choices[e.fqn]]) for e in plan.entries)
 
     low, high = 0.0, 1.0 + 1e-9
     for _ in range(40):
@@ -45,20 +100,25 @@ def static_width(model: nn.Module, plan: Plan, budget: float) -> Choose:
     golden = 0.6180339887498949  # its multiples modulo 1 are spread evenly, however many are taken
     for _, e in sorted(enumerate(plan.entries), key=lambda item: item[0] * golden % 1):
         if choices[e.fqn] < e.num_learners:
-            more = left[e.fqn] * e.tokens * e.learner_macs[choices[e.fqn]]
+            more = work.tokens[e.fqn] * e.learner_macs[choices[e.fqn]]
             if more <= free:
                 choices[e.fqn] += 1
                 free -= more
     return by_name(model, choices)
 
 
-def gates_share(model: nn.Module, plan: Plan) -> float:
+def gates_share(model: nn.Module, plan: Plan, work: Workload | None = None) -> float:
     """MACs of the gates with the merging schedule in force, as a share of the dense model's.
 
     `evaluate_at` counts them for a control too, though a static width could do without.
+
+    Args:
+        model: the converted model.
+        plan: its plan.
+        work: as for `static_width`.
     """
-    left = _tokens_left(model, plan)
-    return sum(left[e.fqn] * e.tokens * e.gate_macs for e in plan.entries) / plan.macs_dense
+    work = work or workload(model, plan)
+    return sum(work.tokens[e.fqn] * e.gate_macs for e in plan.entries) / work.dense
 
 
 def _tokens_left(model: nn.Module, plan: Plan) -> dict[str, float]:

@@ -13,6 +13,7 @@ from acmize.checkpoint import read_json
 from acmize.errors import AcmizeError
 from acmize.hosts_speech import is_speech
 
+MODEL_TYPE = "acmize"  # of a saved adaptive model, for the Auto classes of transformers
 # Never taken from a file: what says where code or weights come from.
 DROPPED = ("auto_map", "custom_pipelines", "_name_or_path", "trust_remote_code", "quantization_config")
 
@@ -42,10 +43,10 @@ class Processor:
 
 
 def is_folder(name: str | Path) -> bool:
-    """Whether a folder holds a model as transformers saves it."""
+    """Whether a folder holds a dense model as transformers saves it."""
     config = Path(name) / "config.json"
     found = read_json(config) if config.is_file() else None
-    return isinstance(found, dict) and "model_type" in found
+    return isinstance(found, dict) and found.get("model_type", MODEL_TYPE) != MODEL_TYPE
 
 
 def load(name: str | Path) -> nn.Module:
@@ -82,6 +83,14 @@ def attach_processor(model: Any, source: str | Path) -> None:
     except (OSError, ValueError, KeyError, ImportError):
         tokenizer = None
     model.processor = Processor(features, tokenizer)
+
+
+def attach_generation(model: Any, source: Path) -> None:
+    """Give a model that writes text the defaults of generation that were saved with it."""
+    from transformers import GenerationConfig
+
+    if (source / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
 
 
 def processor_of(model: Any) -> Processor:

@@ -16,13 +16,14 @@ Shapes: B samples, L samples of audio, T frames.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from acmize.inputs import Inputs
-from acmize.padding import locates
+from acmize.padding import class_path, locates
 from acmize.plan import Refusal, Site
 
 Found = list[Site | Refusal]
@@ -194,6 +195,48 @@ def alone_only(model: Any) -> str | None:
     if getattr(config, "feat_extract_norm", None) == "group":
         return "its first convolution is normalised over the whole batch's length"
     return None
+
+
+# --- front ends -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontEnd:
+    """What makes frames of samples; never made adaptive.
+
+    Attributes:
+        modules: paths of its layers.
+        tap: path of the module whose output is its spectrogram, (B, channels, T); with `at_input`, whose input is.
+        at_input: whether it is the input.
+        time_last: whether the axes are as above; False: (B, T, channels).
+        trained: whether training reaches it; the convolutions over waveforms are left as they were pretrained.
+    """
+
+    modules: tuple[str, ...]
+    tap: str
+    at_input: bool = False
+    time_last: bool = True
+    trained: bool = False
+
+
+_FRONT_ENDS: dict[str, Callable[[str], FrontEnd]] = {
+    **dict.fromkeys(_all("FeatureEncoder"), lambda path: FrontEnd(modules=(path,), tap=path)),
+    f"{_MOONSHINE}.MoonshineEncoder": lambda path: FrontEnd(
+        modules=tuple(f"{path}.{name}" for name in ("conv1", "groupnorm", "conv2", "conv3")), tap=f"{path}.conv3"
+    ),
+    f"{_WHISPER}.WhisperEncoder": lambda path: FrontEnd(
+        modules=(f"{path}.conv1", f"{path}.conv2"), tap=f"{path}.conv1", at_input=True
+    ),
+    f"{_AST}.ASTEmbeddings": lambda path: FrontEnd(
+        modules=(path,), tap=path, at_input=True, time_last=False, trained=True
+    ),
+}
+
+
+def front_end(model: Any) -> FrontEnd:
+    """The front end of a speech model."""
+    known = ((_FRONT_ENDS.get(class_path(module)), path) for path, module in model.named_modules())
+    return next(made(path) for made, path in known if made is not None)
 
 
 # --- example inputs, what the budget counts -------------------------------------------------------------------

@@ -76,7 +76,8 @@ def make_adaptive(
     """Give a converted model `set_budget`, `save_pretrained` and `push_to_hub`; it stays an instance of its class."""
     cls = type(model)
     if not isinstance(model, Adaptive):
-        model.__class__ = type(f"Adaptive{cls.__name__}", (Adaptive, cls), {"__module__": cls.__module__})
+        name = cls.__name__ if is_speech(model) else f"Adaptive{cls.__name__}"  # pipelines tell models by this name
+        model.__class__ = type(name, (Adaptive, cls), {"__module__": cls.__module__})
     adaptive: Any = model
     adaptive.plan, adaptive.calibration, adaptive.base = plan, calibration, base
     adaptive.results, adaptive.recipe = results or {}, recipe or {}
@@ -122,15 +123,10 @@ def save_pretrained(model: Any, folder: str | Path) -> Path:
     folder = Path(folder)
     check_replaceable(folder)
     with atomic_dir(folder) as new:
-        write_json(
-            new / "config.json",
-            {
-                "schema": SCHEMA,
-                "acmize": __about__.__version__,
-                "budget": model.budget,
-                "base": model.base,
-            },
-        )
+        told = {"schema": SCHEMA, "acmize": __about__.__version__, "budget": model.budget, "base": model.base}
+        if model.base["library"] == "transformers":
+            told["model_type"] = hf_models.MODEL_TYPE
+        write_json(new / "config.json", told)
         plan = {"plan": model.plan.to_dict(), "calibration": model.calibration.to_dict()}
         write_json(new / "plan.json", plan)
         write_json(new / "results.json", model.results)
@@ -139,6 +135,8 @@ def save_pretrained(model: Any, folder: str | Path) -> Path:
         (new / "README.md").write_text(model_card(model), encoding="utf-8")
         if (processor := getattr(model, "processor", None)) is not None:
             processor.save(new)
+        if (generation := getattr(model, "generation_config", None)) is not None:
+            generation.save_pretrained(new)
         kept = {*FILES, "results.json", "recipe.json", "README.md", *(path.name for path in new.iterdir())}
         for other in sorted(folder.iterdir()) if folder.is_dir() else ():
             if other.name not in kept:
@@ -273,6 +271,7 @@ def from_pretrained(source: str | Path, *, model: nn.Module | None = None, revis
     made = make_adaptive(dense, plan, calibration, base, results, recipe).eval()
     if base["library"] == "transformers" and model is None:
         hf_models.attach_processor(made, folder)
+        hf_models.attach_generation(made, folder)
     if config.get("budget") is not None:
         made.set_budget(config["budget"])
     return made

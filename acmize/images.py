@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,11 +13,18 @@ from torch import Tensor, nn
 from acmize.batches import cached, loader
 from acmize.data import ImageSet, eval_transform, open_images, split_holdout, train_transform
 from acmize.errors import AcmizeError
+from acmize.phases.finetune import Task
 from acmize.recipe import Recipe
 
 
 class Images:
-    """The data of a conversion: images to fit on, images held out of train for calibration, and test images."""
+    """The data of a conversion: images to fit on, images held out of train for calibration, and test images.
+
+    Attributes:
+        task: loss of the labels in phase 3; None: the cross-entropy of classes.
+    """
+
+    task: Task | None = None
 
     def __init__(self, data: Any, model: nn.Module, recipe: Recipe) -> None:
         splits = open_images(data, limit=recipe.limit, seed=recipe.seed)
@@ -47,6 +55,15 @@ class Images:
                 return
             yield (inputs if limit is None else inputs[: limit - seen]).to(self.device)
             seen += len(inputs)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether any image to train on has a label."""
+        return bool((self.augmented.labels_N >= 0).any())
+
+    def training(self, _model: nn.Module) -> AbstractContextManager[None]:
+        """Open while phase 3 trains a model: nothing of it is set apart."""
+        return nullcontext()
 
     def labelled(self, which: Any) -> Batches:
         """(inputs, labels) batches in stored order."""

@@ -79,6 +79,24 @@ def task_loss(logits: Tensor, labels: Tensor | None, smoothing: float = 0.0) -> 
     return F.cross_entropy(logits.float(), labels, ignore_index=-1, label_smoothing=smoothing)
 
 
+def ctc_loss(logits_BTC: Tensor, frames_B: Tensor, labels_BU: Tensor, blank: int) -> Tensor:
+    """CTC a label, mean over the samples whose labels are known; 0 where none are.
+
+    Args:
+        logits_BTC: of every frame.
+        frames_B: how many frames are real.
+        labels_BU: -1 behind the last one; all -1: unknown.
+        blank: index of the blank.
+    """
+    lengths = (labels_BU >= 0).sum(1)
+    known = lengths > 0
+    if not known.any():
+        return logits_BTC.new_zeros(())
+    logp_TBC = logits_BTC[known].float().log_softmax(-1).transpose(0, 1)
+    labels = labels_BU[known].clamp_min(0)
+    return F.ctc_loss(logp_TBC, labels, frames_B[known], lengths[known], blank=blank, zero_infinity=True)
+
+
 def budget_loss(compute_B: Tensor, budget: float) -> Tensor:
     """L_b = |mean compute fraction - budget| (eq. 6)."""
     return (compute_B.mean() - budget).abs()

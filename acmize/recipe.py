@@ -71,8 +71,10 @@ class TrainOptions:
 
     Gates are trained at `gate_lr` and `gate_decay` (weight decay) where given, else like the rest. `crop_scale`,
     `crop_pad` (in place of the scaled crop: pad by so many pixels, then crop at random, as is usual at 32x32),
-    `randaugment` and `hflip` (probability; 0 where left and right differ, as with digits) serve phase 1 too. With
-    `interpolate`, how far to go from the weights before phase 3 is chosen on the held-out images.
+    `randaugment` and `hflip` (probability; 0 where left and right differ, as with digits) serve phase 1 too. In speech,
+    SpecAugment: `masks` stretches of time, each up to `mask_time` of the frames, and as many of channels, each up to
+    `mask_channels` of them. With `interpolate`, how far to go from the weights before phase 3 is chosen on the held-out
+    images.
     """
 
     epochs: int = 12
@@ -86,6 +88,9 @@ class TrainOptions:
     mixup: float = 0.0
     cutmix: float = 0.0
     randaugment: str | None = None
+    mask_time: float = 0.0
+    mask_channels: float = 0.0
+    masks: int = 2
     crop_scale: tuple[float, float] = (0.35, 1.0)
     crop_pad: int | None = None
     hflip: float = 0.5
@@ -94,7 +99,8 @@ class TrainOptions:
     def __post_init__(self) -> None:
         low, high = self.crop_scale
         _in_range(
-            self, mixup=self.mixup >= 0, cutmix=self.cutmix >= 0, hflip=0 <= self.hflip <= 1,
+            self, mask_time=0 <= self.mask_time < 1, mask_channels=0 <= self.mask_channels < 1,
+            masks=self.masks >= 1, mixup=self.mixup >= 0, cutmix=self.cutmix >= 0, hflip=0 <= self.hflip <= 1,
             crop_scale=0 < low <= high <= 1, crop_pad=self.crop_pad is None or self.crop_pad >= 0,
             weight_decay=self.weight_decay >= 0,
             gate_lr=self.gate_lr is None or self.gate_lr > 0,

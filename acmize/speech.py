@@ -1,7 +1,8 @@
 """The audio of a conversion as batches for a speech model, and what the dense model says about it.
 
 A speech-to-text model is judged, and its gates are taught, through its decoder on the dense model's own transcript,
-which is generated once an utterance; a CTC or classification model directly by its outputs. No transcripts are needed.
+which is generated once an utterance; a CTC or classification model directly by its outputs. No transcripts are needed;
+those of the training data are learnt from where `losses.task` is above 0.
 
 A family whose dense output depends on the padding of its batch (`hosts_speech.alone_only`) is fed one utterance at a
 time.
@@ -12,6 +13,8 @@ Shapes: B samples, L samples of audio, T frames, U tokens of a transcript.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from acmize.hf_models import processor_of
 from acmize.hosts_speech import alone_only, has_fixed_length
 from acmize.inputs import Inputs
 from acmize.recipe import Recipe
+from acmize.speech_training import training, transcript_task
 from acmize.splits import split_holdout
 
 TOKENS_A_SECOND = 6.5  # what Moonshine allows: more is a decoder caught in a loop
@@ -41,8 +45,13 @@ class Listener:
         self.generates = bool(dense.config.is_encoder_decoder)
         self._said: dict[tuple[str, int], Tensor] = {}
 
-    def inputs(self, utterances: Sequence[Utterance]) -> Inputs:
-        """A padded batch; with the dense model's transcripts as decoder inputs where it has a decoder."""
+    def inputs(self, utterances: Sequence[Utterance], said: Sequence[Tensor | None] = ()) -> Inputs:
+        """A padded batch, with decoder inputs where there is a decoder.
+
+        Args:
+            utterances: of the batch.
+            said: token ids that its decoder is fed, the dense model's own transcript where None.
+        """
         name = self.dense.main_input_name
         waves = [u.wave.numpy() for u in utterances]
         fixed = {} if has_fixed_length(self.dense) else {"padding": True}
@@ -52,15 +61,22 @@ class Listener:
         device = next(self.dense.parameters()).device
         tensors = {name: made[name].to(device)}
         if not fixed:
-            return self._heard(tensors, None, utterances)
+            return self._heard(tensors, None, utterances, said)
         mask = made["attention_mask"].to(device)
         if len(utterances) > 1:
             tensors["attention_mask"] = mask
-        return self._heard(tensors, mask, utterances)
+        return self._heard(tensors, mask, utterances, said)
 
-    def _heard(self, tensors: dict[str, Tensor], mask: Tensor | None, utterances: Sequence[Utterance]) -> Inputs:
+    def _heard(
+        self,
+        tensors: dict[str, Tensor],
+        mask: Tensor | None,
+        utterances: Sequence[Utterance],
+        given: Sequence[Tensor | None],
+    ) -> Inputs:
         if self.generates:
-            said = [self._transcribed(tensors, mask, i, u) for i, u in enumerate(utterances)]
+            told = zip_longest(utterances, given)
+            said = [self._transcribed(tensors, mask, i, u) if ids is None else ids for i, (u, ids) in enumerate(told)]
             pad = self.dense.config.pad_token_id or self.dense.config.eos_token_id or 0
             start = said[0].new_tensor([self.dense.config.decoder_start_token_id])
             fed = [torch.cat([start, ids[:-1]]) for ids in said]
@@ -70,6 +86,46 @@ class Listener:
             return Inputs(tensors)
         lengths = self.dense._get_feat_extract_output_lengths(mask.sum(-1)).long()
         return Inputs(tensors, torch.arange(int(lengths.max()), device=mask.device) < lengths[:, None])
+
+    def taught(self, utterances: Sequence[Utterance]) -> tuple[Inputs, Tensor | None]:
+        """A batch whose decoder is fed the transcripts, where there are any, and the labels to learn.
+
+        Returns:
+            Inputs, and labels (B, U), -1 behind the last one and where there is no transcript; None without any.
+        """
+        device = next(self.dense.parameters()).device
+        targets = [None if (ids := self.target(u)) is None else ids.to(device) for u in utterances]
+        inputs = self.inputs(utterances, targets)
+        known = [ids for ids in targets if ids is not None]
+        if not known:
+            return inputs, None
+        fed = inputs.tensors.get("decoder_input_ids")
+        width = max(len(ids) for ids in known) if fed is None else fed.shape[1]
+        labels = torch.full((len(utterances), width), -1, device=device)
+        for row, ids in zip(labels, targets, strict=True):
+            if ids is not None:
+                row[: len(ids)] = ids
+        return inputs, labels
+
+    def target(self, utterance: Utterance) -> Tensor | None:
+        """(U,) token ids of an utterance's transcript, in the case its tokenizer knows; None without one.
+
+        Raises:
+            AcmizeError: the tokenizer knows none of it.
+        """
+        tokenizer, text = self.processor.tokenizer, utterance.text
+        if not text or tokenizer is None:
+            return None
+        unknown = tokenizer.unk_token_id
+        spelled = (tokenizer(variant).input_ids for variant in (text, text.upper(), text.lower()))
+        best = [i for i in min(spelled, key=lambda ids: ids.count(unknown)) if i != unknown]
+        if not best:
+            raise AcmizeError(
+                f"transcript {text!r}: found no token of it in {type(tokenizer).__name__}, expected a tokenizer that "
+                "encodes this language; set losses.task to 0 to learn from the teacher alone"
+            )
+        ids = torch.tensor(best)
+        return self._framed(ids) if self.generates else ids
 
     def said(self, utterance: Utterance) -> Tensor:
         """(U,) token ids of the dense model's transcript, the end token last."""
@@ -91,7 +147,12 @@ class Listener:
         limit = int(TOKENS_A_SECOND * seconds) + 8
         with evaluating(model):
             ids = model.generate(**alone.tensors, max_new_tokens=limit, do_sample=False, num_beams=1, **given)[0]
-        ids, end = ids[1:] if int(ids[0]) == model.config.decoder_start_token_id else ids, model.config.eos_token_id
+        return self._framed(ids)
+
+    def _framed(self, ids: Tensor) -> Tensor:
+        """Token ids without the start token, with the end token."""
+        config = self.dense.config
+        ids, end = ids[1:] if int(ids[0]) == config.decoder_start_token_id else ids, config.eos_token_id
         return ids if end is None or (len(ids) and int(ids[-1]) == end) else torch.cat([ids, ids.new_tensor([end])])
 
     def text(self, ids: Tensor) -> str:
@@ -103,7 +164,11 @@ class Listener:
 
 
 class Speech:
-    """The data of a conversion, as `images.Images` has it: to fit on, held out for calibration, test."""
+    """The data of a conversion, as `images.Images` has it: to fit on, held out for calibration, test.
+
+    Attributes:
+        task: loss of the transcripts in phase 3.
+    """
 
     def __init__(self, data: Any, model: Any, recipe: Recipe) -> None:
         splits = open_audio(data, limit=recipe.limit, seed=recipe.seed)
@@ -115,12 +180,25 @@ class Speech:
         self.fit, self.held = splits.audio(fit, "train", rate), splits.audio(held, "held out", rate)
         self.test = None if splits.test is None else splits.audio(splits.test, "test", rate)
         self.augmented = self.fit
-        self.batch_size = 1 if alone_only(model) else recipe.batch_size
+        self.alone = alone_only(model) is not None
+        self.batch_size = 1 if self.alone else recipe.batch_size
+        self.task = transcript_task(model, recipe.losses.label_smoothing)
+        self._train, self._learns = recipe.train, recipe.losses.task > 0
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether any recording to train on has a transcript."""
+        return self.augmented.has_transcripts
+
+    def training(self, model: Any) -> AbstractContextManager[None]:
+        """Open while phase 3 trains a model: its front end is frozen, frames are masked."""
+        return training(model, self._train)
 
     def batches(self, which: AudioSet, limit: int | None = None, size: int | None = None) -> Iterator[Inputs]:
         """Inputs of a set in a fixed shuffled order, without transcripts."""
         seen = 0
-        for indices in buckets(which.seconds(), min(size or self.batch_size, self.batch_size), seed=0):
+        size = 1 if self.alone else min(size or self.batch_size, len(which))
+        for indices in buckets(which.seconds(), size, seed=0):
             if limit is not None and seen >= limit:
                 return
             yield self.listener.inputs([which[i] for i in indices])
@@ -131,12 +209,14 @@ class Speech:
         return Spoken(which, self.listener, self.batch_size, writes=which is self.test or self.test is None)
 
     def epochs(self, which: AudioSet, seed: int) -> tuple[Callable[[int], Any], int]:
-        """Epoch -> shuffled (inputs, None) batches, and how many there are."""
+        """Epoch -> shuffled (inputs, labels) batches, and how many there are; no labels where none are learnt from."""
         seconds = which.seconds()
 
         def of(epoch: int) -> Any:
             drawn = buckets(seconds, self.batch_size, seed=seed, epoch=epoch)
-            return ((self.listener.inputs([which[i] for i in indices]), None) for indices in drawn)
+            batches = ([which[i] for i in indices] for indices in drawn)
+            heard = self.listener
+            return (heard.taught(some) if self._learns else (heard.inputs(some), None) for some in batches)
 
         return of, len(buckets(seconds, self.batch_size))
 

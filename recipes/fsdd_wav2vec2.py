@@ -21,7 +21,7 @@ from torch import Tensor
 
 from acmize.api import convert
 from acmize.audio import AudioSet, buckets, open_audio
-from acmize.controls import gates_share, static_width
+from acmize.controls import gates_share, static_width, workload
 from acmize.evaluate import evaluate_at, reference
 from acmize.hf_models import Processor
 from acmize.hub import base_of, from_pretrained
@@ -65,12 +65,13 @@ def main() -> None:
     if not (folder / "config.json").exists():
         convert(dense, data=data, recipe=recipe, base=base_of(dense), work=f"{folder}.work", resume=True, output=folder)
     model = from_pretrained(folder)
+    work = workload(model, model.plan, (inputs for inputs, _ in batches))
+    spare = gates_share(model, model.plan, work)  # a static width needs no gates: their MACs go to learners
     for budget in (b for b in args.budgets if b >= model.plan.budget_range[0]):
         model.set_budget(budget)
         rows.measure(f"gates @ {budget}", lambda: _row(model, batches, answers))
-        spare = gates_share(model, model.plan)  # a static width needs no gates: their MACs go to learners
-        static = static_width(model, model.plan, budget + spare)
-        rows.measure(f"static @ {budget}", lambda s=static: _row(model, batches, answers, s))
+        static = static_width(model, model.plan, budget + spare, work)
+        rows.measure(f"static @ {budget}", lambda s=static: _row(model, batches, answers, spare, s))
     rows.show(
         {
             "method": lambda key, _: key,
@@ -81,10 +82,9 @@ def main() -> None:
     )
 
 
-def _row(model: Any, batches: Spoken, answers: Any, choose: Any = None) -> dict[str, Any]:
+def _row(model: Any, batches: Spoken, answers: Any, spare: float = 0.0, choose: Any = None) -> dict[str, Any]:
     found = evaluate_at(model, model.plan, batches, answers, choose)
-    if choose is not None:
-        found["macs_ratio"] -= gates_share(model, model.plan)
+    found["macs_ratio"] -= spare
     return {k: v for k, v in found.items() if k != "sites"}
 
 

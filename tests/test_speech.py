@@ -22,6 +22,7 @@ from acmize.gates import choosing, full_width, record
 from acmize.hf_models import Processor
 from acmize.inputs import Inputs, forward
 from acmize.models import load_model
+from acmize.site_times import SiteTime
 
 OPTIONS: dict[str, Any] = {
     "budget": 0.9,
@@ -179,6 +180,21 @@ def test_equal_words_at_full_width_and_with_a_cache(saved: Path, recordings: Pat
     made.set_budget(0.9)
     cached, plain = (made.generate(input_values=wave, use_cache=use, **options) for use in (True, False))
     assert torch.equal(cached, plain)
+
+
+def test_the_batch_that_sites_are_timed_in(saved: Path, recordings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense: Any = load_model(str(saved))
+    asked: list[int] = []
+
+    def none_pays(_dense: Any, plan: Any, inputs: Any, _seed: int) -> list[SiteTime]:
+        asked.append(len(inputs))
+        return [SiteTime((e.fqn,), 1.0, 2.0) for e in plan.entries]
+
+    monkeypatch.setattr("acmize.api.site_times", none_pays)
+    used = 1 if dense.config.is_encoder_decoder else 5  # more than batch_size; Moonshine goes one by one
+    with pytest.raises(AcmizeError, match=f"no site pays on this device in batches of {used};"):
+        convert(dense, data=str(recordings), phases=(), fit_batch=5, **OPTIONS)
+    assert asked == [used]
 
 
 def test_commands(saved: Path, recordings: Path, tmp_path: Path, run_command: Any) -> None:

@@ -13,7 +13,9 @@ from tiny import CONFIG, Random, half_width
 from tiny_speech import ALONE, EXAMPLE, HOSTS, PADDED, adapted, inputs_for, logits
 from torch import Tensor, nn
 
+from acmize import AcmConfig, AcmizeError
 from acmize.adaptive import AcmMlp
+from acmize.controls import gates_share, static_width, workload
 from acmize.cost import count_macs
 from acmize.damage import collect_damage
 from acmize.gates import AdaptiveModule, DamageGate, Decision, choosing, full_width, record
@@ -21,6 +23,7 @@ from acmize.hosts import find_sites, make_plan
 from acmize.hosts_speech import HANDLERS, alone_only, is_speech
 from acmize.init import collect_moments
 from acmize.inputs import Inputs, forward
+from acmize.insert import convert_
 from acmize.layers import Expand
 from acmize.ops import use_backend
 from acmize.padding import class_path
@@ -266,6 +269,38 @@ def test_ordered_units_written_into_a_part_of_a_fused_output() -> None:
     layer.write(x, Decision(choice[:, None]).group(0), fused[:, 8:])
     torch.testing.assert_close(fused[:, 8:], expected)
     assert (fused[:, :8] == -1).all()
+
+
+@pytest.mark.parametrize("name", ["wav2vec2", "moonshine"])
+@pytest.mark.parametrize("share", [0.3, 0.8])
+def test_static_width_meets_its_budget_on_unequal_lengths(name: str, share: float) -> None:
+    dense: Any = HOSTS[name]()
+    plan = make_plan(dense, AcmConfig(num_learners=8, gate_hidden=1))
+    model = convert_(copy.deepcopy(dense), plan)
+    lengths = ((23_000,), (9_000,), (30_000,)) if name == "moonshine" else ((8_000, 1_500), (700, 3_000, 2_000))
+    batches = [inputs_for(dense, some) for some in lengths]
+    work = workload(model, plan, batches)
+    entry = plan.entries[0]
+    assert work.tokens[entry.fqn] < entry.tokens / 3  # the plan's example is much longer
+
+    def realised(choose: Any) -> float:
+        spent, whole = [], []
+        for batch in batches:
+            with torch.no_grad(), choosing(model, choose), record(model, len(batch)) as seen:
+                forward(model, batch)
+            macs = plan.account(seen.executed().double(), seen.tokens)
+            spent.append(macs[0]), whole.append(macs[1])
+        return float(torch.cat(spent).sum() / torch.cat(whole).sum())
+
+    fewest, all_of_them = (static_width(model, plan, b, work) for b in (0.0, 2.0))
+    low, high = realised(fewest), realised(all_of_them)
+    budget = low + share * (high - low)
+    assert budget - 0.01 <= realised(static_width(model, plan, budget, work)) <= budget + 1e-6
+    gates = sum(n * e.gate_macs for e, n in zip(plan.entries, work.tokens.values(), strict=True))
+    assert gates_share(model, plan, work) == pytest.approx(high - 1, rel=1e-6)
+    assert gates_share(model, plan, work) == pytest.approx(gates / work.dense)
+    with pytest.raises(AcmizeError, match="expected those that will be run"):
+        static_width(model, plan, budget)
 
 
 def test_site_times_of_keyword_inputs() -> None:

@@ -1,9 +1,10 @@
 """Phase 3: the whole model end to end, gates taught by the task through straight-through choices.
 
-    loss = task + a_t KL(dense || adaptive) + a_f ||features - dense features||^2 + a_b L_b + a_e L_e + a_d L_d
+    loss = a_k task + a_t KL(dense || adaptive) + a_f ||features - dense features||^2 + a_b L_b + a_e L_e + a_d L_d
 
 A budget is drawn for every step and its price set before the forward, so that one checkpoint serves every budget; L_b
-holds the realised compute at the drawn budget. (arXiv 2312.10193, sect. 3.3 trains one model a budget, no teacher.)
+holds the realised compute at the drawn budget. What the task's loss is comes with the data (`Task`). (arXiv 2312.10193,
+sect. 3.3 trains one model a budget, no teacher.)
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from acmize.phases._loop import FitConfig, History, fit
 from acmize.phases.calibrate import Calibration, set_budget
 from acmize.plan import Plan
 
+Task = Callable[[Tensor, Batch, Any], Tensor]  # logits as the model gives them, inputs, labels -> a term
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
     """Weights of the losses and the range of budgets.
 
     Attributes:
-        task: weight of the cross-entropy with labels; 0 or no labels: the teacher alone.
+        task: weight of the loss with labels or transcripts; 0 or none of them: the teacher alone.
         teacher: weight of the KL to the dense model's logits.
         features: weight of the squared distance to the dense model's final features, relative to their variance.
         budget: a_b; entropy: a_e; diversity: a_d (0.1, 0.05, 0.05 in the paper's text and code).
@@ -66,6 +69,7 @@ def finetune(
     steps_per_epoch: int,
     losses: FinetuneConfig,
     config: FitConfig,
+    task: Task | None = None,
     mix: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]] | None = None,
     gates: dict[str, float] | None = None,
     checkpoint: Path | None = None,
@@ -79,10 +83,11 @@ def finetune(
         teacher: the dense model, frozen.
         plan: its plan.
         calibration: budget -> dial of the gates as they come in.
-        batches: epoch -> batches of (inputs, labels); labels of -1 are unknown.
+        batches: epoch -> batches of (inputs, labels); what labels are is the task's.
         steps_per_epoch: batches an epoch.
         losses: weights and budgets.
         config: of the loop.
+        task: loss of the labels; None: cross-entropy of classes, -1 unknown.
         mix: mixup or cutmix: (inputs, labels, step) -> (inputs, soft labels).
         gates: `lr` or `weight_decay` of the parameters of gates, where they differ from the rest.
         checkpoint: folder for checkpoints.
@@ -94,6 +99,7 @@ def finetune(
     teacher.eval()
     low, high = (max(budget, plan.budget_range[0]) for budget in losses.budgets)
     batches_in_all = max(1, steps_per_epoch * config.epochs)
+    task = task or of_classes(losses.label_smoothing)
 
     def loss(batch: Any, step: int) -> dict[str, Tensor]:
         inputs, labels = batch
@@ -106,8 +112,8 @@ def finetune(
             teacher_features, teacher_logits = features_and_logits(teacher, inputs)
         with record(model, len(inputs), keep_inputs=losses.entropy > 0) as seen:
             features, logits = features_and_logits(model, inputs)
-        terms = {"teacher": teacher_loss(logits, teacher_logits)}
-        terms["task"] = task_loss(logits, labels, losses.label_smoothing)
+        terms = {"teacher": teacher_loss(counted(logits, inputs), counted(teacher_logits, inputs))}
+        terms["task"] = task(logits, inputs, labels)
         terms["features"] = _relative(features, teacher_features)
         spent, dense = plan.account(seen.differentiable(), seen.tokens, plan.schedule(budget))
         compute = spent / dense
@@ -128,6 +134,11 @@ def finetune(
     finally:
         set_progress(model, 1.0)
         model.eval()
+
+
+def of_classes(smoothing: float = 0.0) -> Task:
+    """Cross-entropy of every output that counts with its label: a class each, -1 unknown, or a distribution."""
+    return lambda logits, inputs, labels: task_loss(counted(logits, inputs), labels, smoothing)
 
 
 def freeze_statistics(model: nn.Module) -> None:
@@ -157,11 +168,11 @@ def drawn_budget(budgets: tuple[float, float], seed: int, step: int) -> float:
 
 
 def features_and_logits(model: nn.Module, inputs: Batch) -> tuple[Tensor | None, Tensor]:
-    """Final features, where the model separates them (timm; a speech encoder's frames), and logits as rows."""
+    """Final features, where the model separates them (timm; a speech encoder's frames), and logits."""
     if isinstance(inputs, Inputs):
         output = forward(model, inputs)
         features = getattr(output, "encoder_last_hidden_state", None)
-        return None if features is None else features.flatten(0, 1), counted(output.logits, inputs)
+        return None if features is None else features.flatten(0, 1), output.logits
     if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
         features = model.forward_features(inputs)  # pyright: ignore[reportCallIssue]
         return features, model.forward_head(features)  # pyright: ignore[reportCallIssue]
@@ -191,4 +202,6 @@ def _soft_choices(seen: Recorder) -> list[Tensor]:
     return out
 
 
-__all__ = ["FinetuneConfig", "drawn_budget", "features_and_logits", "finetune", "freeze_statistics"]
+__all__ = [
+    "FinetuneConfig", "Task", "drawn_budget", "features_and_logits", "finetune", "freeze_statistics", "of_classes",
+]  # fmt: skip
