@@ -9,16 +9,18 @@ Each is a `Choose` for `choosing(model, ...)`, so the model, its learners and it
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from acmize.cost import evaluating
+from acmize.cost import count_macs, evaluating
 from acmize.gates import AdaptiveModule, Choose, Gate, record
+from acmize.hosts import example_input
 from acmize.inputs import Batch, forward
-from acmize.methods.token_merging import schedule_of
-from acmize.plan import Plan
+from acmize.methods.token_merging import schedule_of, set_schedule
+from acmize.plan import Merging, Plan
 
 
 def static_width(model: nn.Module, plan: Plan, budget: float) -> Choose:
@@ -50,6 +52,32 @@ def static_width(model: nn.Module, plan: Plan, budget: float) -> Choose:
                 choices[e.fqn] += 1
                 free -= more
     return by_name(model, choices)
+
+
+def merge_to(model: nn.Module, merging: Merging, budget: float, macs_dense: int) -> float:
+    """Merge as many tokens of a dense model as brings its counted MACs closest to a budget.
+
+    Args:
+        model: dense, with merging hooks (`install_merging`).
+        merging: of a plan; its line is left aside.
+        budget: share of the dense MACs.
+        macs_dense: MACs of the model without merging.
+
+    Returns:
+        The share that the schedule, now in force, realises.
+    """
+    line, example = dataclasses.replace(merging, slope=1.0, start=1.0, fixed=None), example_input(model)
+
+    def ratio(total: float) -> float:
+        set_schedule(model, line.schedule(1.0 - total))
+        return count_macs(model, example) / macs_dense
+
+    low, high, seen = 0.0, 0.9, {}
+    for _ in range(12):
+        middle = (low + high) / 2
+        seen[middle] = ratio(middle)
+        low, high = (middle, high) if seen[middle] > budget else (low, middle)
+    return ratio(min(seen, key=lambda total: abs(seen[total] - budget)))
 
 
 def gates_share(model: nn.Module, plan: Plan) -> float:

@@ -42,7 +42,10 @@ ORDER = (
     ("api",),
     ("bench", "verify", "serve", "latency"),
     ("quickstart",),
+    ("compare", "reproduce"),
     ("export", "report"),
+    ("console",),
+    ("cli_saved",),
     ("cli",),
     ("__main__",),
 )
@@ -57,7 +60,6 @@ LATE = (
     "torchaudio",
     "sklearn",
     "matplotlib",
-    "jinja2",
     "onnx",
     "typer",
     "triton.compiler",
