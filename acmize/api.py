@@ -26,6 +26,7 @@ from acmize.checkpoint import load_tensors, read_json, save_tensors, write_json
 from acmize.compensate import compensate_
 from acmize.damage import collect_damage
 from acmize.diagnose import Finding, check_gates, check_sites
+from acmize.environment import environment
 from acmize.errors import AcmizeError
 from acmize.evaluate import Reference, evaluate, mean_error, reference
 from acmize.gates import choosing, full_width, set_dial
@@ -391,6 +392,7 @@ class _Conversion:
         self.findings += check_gates(self.model, self.plan, held, results)
         results["split"] = "test" if self.images.test is not None else "held out of train"
         results["findings"] = [f.to_dict() for f in self.findings]
+        results["environment"] = environment(next(self.model.parameters()).device)
         return results
 
     def _described(self) -> dict[str, Any]:

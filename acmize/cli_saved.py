@@ -1,4 +1,4 @@
-"""Commands that judge and show a saved model: `acmize report`, `acmize compare`."""
+"""Commands that judge and show a saved model: `acmize report`, `acmize compare`, `acmize reproduce`."""
 
 from __future__ import annotations
 
@@ -106,3 +106,47 @@ def print_comparison(found: dict[str, Any]) -> None:
         out.print(f"left out: {line}", highlight=False)
     for line in found["verdicts"]:
         err.print(line, style="bold red" if line.startswith("budget") else None, highlight=False)
+
+
+@app.command()
+def reproduce(
+    source: Source,
+    data: Annotated[str | None, typer.Option(help="the recipe's data, where it lies elsewhere here")] = None,
+    weights: DenseWeights = None,
+    train: Annotated[bool, typer.Option("--train", help="convert again by the recipe, and judge that")] = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="new folder for --train")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="difference of a share that counts as none; default: .005, with --train .02")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Whether the numbers published with a model hold here: evaluated again, or converted again."""
+    from acmize.hub import check_replaceable, from_pretrained
+    from acmize.reproduce import reproduce_saved
+
+    if output is not None:
+        check_replaceable(output)
+    model = from_pretrained(source)
+    found = reproduce_saved(model, data, weights=weights, train=train, output=output, tolerance=tolerance)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        print_reproduction(found)
+    if not found["ok"]:
+        err.print("acmize: the published numbers do not hold here", style="bold red", highlight=False)
+        raise typer.Exit(1)
+
+
+def print_reproduction(found: dict[str, Any]) -> None:
+    """One row for each figure; below, what differs between the two environments."""
+    table = table_of("budget", "figure", "published", "found", "holds")
+    for r in found["rows"]:
+        shown = ["-" if r[key] is None else f"{r[key]:.4f}" for key in ("published", "found")]
+        holds = {True: "yes", False: "NO", None: "not checked"}[r["holds"]]
+        table.add_row("dense" if r["budget"] is None else f"{r['budget']:g}", r["figure"], *shown, holds)
+    out.print(table)
+    out.print(f"tolerance {found['tolerance']:g}", highlight=False)
+    for d in found["environment"]:
+        out.print(f"{d['name']}: published {d['published']}, here {d['here']}", highlight=False)
+    for note in found["notes"]:
+        out.print(f"note: {note}", highlight=False)

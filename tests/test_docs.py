@@ -147,7 +147,7 @@ def test_the_import_order_is_the_one_enforced() -> None:
     from test_imports import ORDER
 
     design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    block = next(body for body in blocks(design, "") if body.startswith("errors\n"))
+    block = next(body for body in blocks(design, "") if body.startswith("errors, "))
     told = [tuple(line.split("   ")[0].strip().split(", ")) for line in block.splitlines()]
     there = {p.stem for p in (ROOT / "acmize").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
     there -= {"__init__", "__about__", "__main__"}
