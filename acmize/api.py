@@ -21,20 +21,20 @@ import torch
 from torch import Tensor, nn
 
 from acmize.audio import open_audio
-from acmize.batches import cached, mixup
+from acmize.batches import mixup
 from acmize.checkpoint import load_tensors, read_json, save_tensors, write_json
 from acmize.compensate import compensate_
 from acmize.damage import collect_damage
-from acmize.data import ImageSet, open_images
 from acmize.diagnose import Finding, check_gates, check_sites
+from acmize.environment import environment
 from acmize.errors import AcmizeError
-from acmize.evaluate import evaluate, mean_error, reference
+from acmize.evaluate import Reference, evaluate, mean_error, reference
 from acmize.gates import choosing, full_width, set_dial
 from acmize.hf_models import processor_of
 from acmize.hosts import make_plan
 from acmize.hosts_speech import is_speech
 from acmize.hub import base_of, make_adaptive, save_pretrained
-from acmize.images import Batches, Images, checked
+from acmize.images import Batches, Images, images_to_test
 from acmize.init import collect_moments, init_
 from acmize.insert import convert_
 from acmize.methods.token_merging import set_schedule
@@ -400,6 +400,7 @@ class _Conversion:
         self.findings += check_gates(self.model, self.plan, held, results)
         results["split"] = "test" if self.images.test is not None else "held out of train"
         results["findings"] = [f.to_dict() for f in self.findings]
+        results["environment"] = environment(next(self.model.parameters()).device)
         return results
 
     def _described(self) -> dict[str, Any]:
@@ -415,6 +416,7 @@ def evaluate_saved(
     weights: str | Path | None = None,
     dense: nn.Module | None = None,
     limit: int | None = None,
+    seed: int = 0,
     batch_size: int = 32,
 ) -> dict[str, Any]:
     """Evaluate a loaded adaptive model on the test split of `data` (its train split where there is none).
@@ -427,31 +429,37 @@ def evaluate_saved(
             width stands for it.
         dense: the dense model itself, in place of its weights.
         limit: samples at most.
+        seed: of the choice of those.
         batch_size: images in a batch.
     """
-    if dense is None and weights is not None:
-        of_folder = model.base["library"] == "transformers"
-        dense = (
-            load_model(str(weights))
-            if of_folder
-            else load_model(model.base["architecture"], weights, **model.base["kwargs"])
-        )
+    if dense is None:
+        dense = dense_from(model, weights)
     if is_speech(model):
         return _evaluate_saved_speech(model, data, budgets, dense, limit)
-    splits = open_images(data, limit=limit)
-    splits = checked(splits, model)
-    which = "test" if splits.test is not None else "train"
-    images = cached(ImageSet.of(splits, which, model))
+    images, which, _ = images_to_test(data, model, limit=limit, seed=seed)
     batches = Batches(images, batch_size, next(model.parameters()).device)
-    if dense is not None:
-        answers = reference(dense, batches)
-    else:
-        set_schedule(model, ())
-        with choosing(model, full_width):
-            answers = reference(model, batches)
+    answers = answers_of(model, dense, batches)
     saved = [row["budget"] for row in model.results.get("results", [])]
     results = evaluate(model, model.plan, model.calibration, batches, answers, budgets or saved or (0.5,))
     return {**results, "split": which, "dense_is": "base weights" if dense is not None else "full width"}
+
+
+def dense_from(model: Any, weights: str | Path | None) -> nn.Module | None:
+    """The dense model of an adaptive one from a safetensors file (a folder, for transformers); None without one."""
+    if weights is None:
+        return None
+    if model.base["library"] == "transformers":
+        return load_model(str(weights))
+    return load_model(model.base["architecture"], weights, **model.base["kwargs"])
+
+
+def answers_of(model: Any, dense: nn.Module | None, batches: Batches) -> Reference:
+    """The dense model's answers, or those of the adaptive one at full width in its place."""
+    if dense is not None:
+        return reference(dense, batches)
+    set_schedule(model, ())
+    with choosing(model, full_width):
+        return reference(model, batches)
 
 
 def _evaluate_saved_speech(

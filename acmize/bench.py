@@ -375,7 +375,7 @@ def _bench_batch(
     """The rows of one batch size: all budgets and all dense forms take turns."""
     drawn = draws(len(images), size, WARMUP + setting.repeats, generator)
     calls = {"eager": Call(dense), "eager, same products": Call(same_products(dense))}
-    if compiled and (fast := _compiled(dense, images[drawn[0]])) is not None:
+    if compiled and (fast := compiled_form(dense, images[drawn[0]])) is not None:
         calls["compiled"] = Call(fast)
     forms = tuple(calls)
     for budget in shares:
@@ -414,7 +414,7 @@ def same_products(dense: nn.Module) -> nn.Module:
     return made
 
 
-def _compiled(dense: nn.Module, example: Tensor) -> Callable[[Tensor], object] | None:
+def compiled_form(dense: nn.Module, example: Tensor) -> Callable[[Tensor], object] | None:
     """The dense model compiled for this very shape, or None, with a note, where it cannot be."""
     log.info("compiling the dense model for a batch of %d; --no-compile leaves it out", len(example))
     try:

@@ -118,8 +118,17 @@ def write_json(path: str | Path, value: Any) -> None:
         text = json.dumps(value, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise AcmizeError(f"{path}: {error}; expected finite numbers, text, lists and dicts") from error
+    write_text(path, text + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes text as UTF-8, atomically.
+
+    Raises:
+        AcmizeError: The disk is full or refuses.
+    """
     with _atomic_file(Path(path)) as new:
-        new.write_text(text + "\n", encoding="utf-8")
+        new.write_text(text, encoding="utf-8")
 
 
 def read_json(path: str | Path) -> Any:

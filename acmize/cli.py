@@ -1,5 +1,6 @@
-"""The command line: `acmize plan | convert | eval | bench | verify | quickstart`. Tables; `--json` for programs.
+"""The command line: plan, convert, eval, bench, verify, quickstart, and those of cli_saved.py.
 
+Tables; `--json` for programs.
 Exit status: 0 done; 1 done, but a budget was missed or a check failed; 2 something the user can mend, said on one line;
 143 stopped by SIGTERM, with what was done saved.
 """
@@ -13,21 +14,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from acmize import cli_saved
 from acmize.__about__ import __version__
+from acmize.console import AsJson, DenseWeights, Device, NoCompile, err, out, percent, table_of
 from acmize.errors import AcmizeError
 from acmize.interrupt import EXIT_STATUS, Stopped, stopping_on_sigterm
 from acmize.registry import methods
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Adaptive computation for pretrained models.")
-out, err = Console(), Console(stderr=True)
+app.add_typer(cli_saved.app)
 PROJECTIONS = ("q", "k", "v", "out", "linear")
 
 Model = Annotated[str, typer.Argument(help="timm model, or a folder or USER/NAME of a transformers speech model")]
 Weights = Annotated[Path | None, typer.Option(help="safetensors file with the weights, in place of the Hub")]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON, nothing else")]
 Targets = Annotated[list[str] | None, typer.Option("--target-modules", help="globs over sites, or PATH:mlp(fc1,fc2)")]
 Exclude = Annotated[list[str] | None, typer.Option(help="globs of sites that stay dense")]
 Learners = Annotated[int | None, typer.Option(help="learners a site")]
@@ -35,9 +36,6 @@ Width = Annotated[int | None, typer.Option("--learner-dim", help="hidden units o
 MethodName = Annotated[str | None, typer.Option("--method", help=", ".join(methods()))]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="an option of the method's config: NAME=VALUE")]
 Preset = Annotated[str, typer.Option(help="default, or paper (arXiv 2312.10193)")]
-Device = Annotated[str, typer.Option(help="cpu or cuda")]
-DenseWeights = Annotated[Path | None, typer.Option("--weights", help="safetensors file of the dense model")]
-NoCompile = Annotated[bool, typer.Option("--no-compile", help="leave torch.compile out, which can take minutes")]
 Config = Annotated[Path | None, typer.Option(help="YAML file with any option of the recipe")]
 
 
@@ -253,11 +251,11 @@ def print_results(results: dict[str, Any], latency: bool = False) -> None:
     )
     for column in columns:
         table.add_column(column, justify="right")
-    row = ["dense", "1.000", "-", _percent(dense[metric]), "100.0"]
+    row = ["dense", "1.000", "-", percent(dense[metric]), "100.0"]
     table.add_row(*row, *([f"{dense['latency_ms']:.2f}", "1.00"] if latency else []))
     for r in results["results"]:
         row = [f"{r['budget']:g}", f"{r['macs_ratio']:.3f}", f"{r['macs_ratio_std']:.3f}"]
-        row += [_percent(r[metric]), _percent(r["agreement"])]
+        row += [percent(r[metric]), percent(r["agreement"])]
         if latency:
             row += [f"{r['latency_ms']:.2f}", f"{dense['latency_ms'] / r['latency_ms']:.2f}"]
         table.add_row(*row)
@@ -272,10 +270,6 @@ def print_results(results: dict[str, Any], latency: bool = False) -> None:
     for finding in findings:
         if finding["kind"] == "distillation" or not finding["site"]:
             out.print(f"! {finding['message']}", highlight=False)
-
-
-def _percent(x: float | None) -> str:
-    return "-" if x is None else f"{100 * x:.1f}"
 
 
 # --- eval, quickstart -----------------------------------------------------------------------------------------
@@ -365,7 +359,9 @@ def bench(
 def print_bench(found: dict[str, Any]) -> None:
     """Milliseconds of models and of primitives, each beside the dense ones."""
     if found.get("results"):
-        table = _table("batch", "budget", "MACs ratio", "p50 ms", "p5", "p95", "p99", "speedup", "images/s", "peak MB")
+        table = table_of(
+            "batch", "budget", "MACs ratio", "p50 ms", "p5", "p95", "p99", "speedup", "images/s", "peak MB"
+        )
         for size in dict.fromkeys(r["batch_size"] for r in found["results"]):
             rows = [r for r in found["results"] if r["batch_size"] == size]
             dense = rows[0]["dense_latency_ms"]
@@ -384,7 +380,7 @@ def print_bench(found: dict[str, Any]) -> None:
             line = f"{fit['intercept']:.2f} + {fit['slope']:.2f} x MACs ratio"
             out.print(f"batch of {fit['batch_size']}: milliseconds = {line}, r2 {fit['r2']:.3f}", highlight=False)
     if found.get("ops"):
-        table = _table("primitive", "tokens", "learners", "MACs ratio", "p50 ms", "dense ms", "form", "efficiency")
+        table = table_of("primitive", "tokens", "learners", "MACs ratio", "p50 ms", "dense ms", "form", "efficiency")
         for r in found["ops"]:
             cells = [f"{r['macs_ratio']:.3f}", f"{r['latency_ms']['p50']:.2f}", f"{r['dense_latency_ms']['p50']:.2f}"]
             cells += [r["dense_latency_ms"]["form"], f"{r['efficiency']:.2f}"]
@@ -396,14 +392,6 @@ def print_bench(found: dict[str, Any]) -> None:
 
 def _milliseconds(latency: dict[str, Any]) -> list[str]:
     return [f"{latency[p]:.2f}" for p in ("p50", "p5", "p95", "p99")]
-
-
-def _table(*columns: str) -> Table:
-    """Columns of numbers, the first one of names."""
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="left" if column == columns[0] else "right")
-    return table
 
 
 @app.command()

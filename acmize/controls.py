@@ -9,18 +9,20 @@ Each is a `Choose` for `choosing(model, ...)`, so the model, its learners and it
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from acmize.cost import evaluating
+from acmize.cost import count_macs, evaluating
 from acmize.errors import AcmizeError
 from acmize.gates import AdaptiveModule, Choose, Gate, record
+from acmize.hosts import example_input
 from acmize.inputs import Batch, forward
-from acmize.methods.token_merging import schedule_of
-from acmize.plan import Plan
+from acmize.methods.token_merging import schedule_of, set_schedule
+from acmize.plan import Merging, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,22 @@ def static_width(model: nn.Module, plan: Plan, budget: float, work: Workload | N
                 choices[e.fqn] += 1
                 free -= more
     return by_name(model, choices)
+
+
+def merge_to(model: nn.Module, merging: Merging, budget: float, macs_dense: int) -> float:
+    """Merge tokens of a dense model until that alone meets a budget, by the product's rule of where.
+
+    Args:
+        model: dense, with merging hooks (`install_merging`).
+        merging: of a plan; how much it leaves to the gates is left aside.
+        budget: share of the dense MACs.
+        macs_dense: MACs of the model without merging.
+
+    Returns:
+        The share that the schedule, now in force, realises.
+    """
+    set_schedule(model, dataclasses.replace(merging, slope=1.0, start=1.0, fixed=None).schedule(budget))
+    return count_macs(model, example_input(model)) / macs_dense
 
 
 def gates_share(model: nn.Module, plan: Plan, work: Workload | None = None) -> float:

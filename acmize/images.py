@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,28 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for inputs, labels in loader(self._data, self._size):
             yield inputs.to(self._device), labels
+
+
+def images_to_test(
+    data: Any, model: nn.Module, *, limit: int | None = None, seed: int = 0
+) -> tuple[Any, Literal["train", "test"], Any]:
+    """Labelled images to measure a model on, decoded once: the test split, or train where there is none.
+
+    Args:
+        data: anything `datasets.load_dataset` opens.
+        model: whose preprocessing they go through, and whose outputs the labels mean.
+        limit: images at most.
+        seed: of the choice of those.
+
+    Returns:
+        The set, the name of its split, and all the splits as they are stored.
+
+    Raises:
+        AcmizeError: data that cannot be opened, or labels that do not fit the model.
+    """
+    splits = checked(open_images(data, limit=limit, seed=seed), model)
+    which = "test" if splits.test is not None else "train"
+    return cached(ImageSet.of(splits, which, model)), which, splits
 
 
 def _channels(model: nn.Module) -> int:

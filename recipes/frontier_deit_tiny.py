@@ -25,25 +25,20 @@ Result:    docs/results.md, "Label-free frontier, beside its rivals".
 from __future__ import annotations
 
 import copy
-import dataclasses
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import _common as common
 import torch
-from torch import nn
 
-from acmize.controls import histograms, random_choice
-from acmize.cost import count_macs
+from acmize.controls import histograms, merge_to, random_choice
 from acmize.damage import GateData
 from acmize.gates import Gate
-from acmize.hosts import example_input
 from acmize.hub import from_pretrained
-from acmize.methods.token_merging import install_merging, set_schedule
+from acmize.methods.token_merging import install_merging
 from acmize.phases.calibrate import calibrate
 from acmize.phases.pretrain_gates import collect_errors, fit_damage_gates
-from acmize.plan import Merging
 from acmize.recipe import Recipe, resolve
 
 BUDGETS = (0.9, 0.75, 0.6, 0.5)
@@ -99,12 +94,6 @@ def squared(data: dict[Gate, GateData], relative: bool) -> dict[Gate, GateData]:
         unit = d.damage[..., :1].square().mean(0, keepdim=True) if relative else whole
         out[gate] = GateData(d.x, 1e-2 * d.damage[..., :-1].square() / unit, d.dial)
     return out
-
-
-def merge_to(model: nn.Module, merging: Merging, budget: float, macs_dense: int) -> float:
-    """Merge until merging alone meets the budget, by the product's rule of where; returns the share it realises."""
-    set_schedule(model, dataclasses.replace(merging, slope=1.0, start=1.0).schedule(budget))
-    return count_macs(model, example_input(model)) / macs_dense
 
 
 def main() -> None:

@@ -207,7 +207,7 @@ def test_the_faster_dense_form_counts(model: Any, clock: Clock, monkeypatch: pyt
     images = bench.real_images(model, None, limit=4)
     for compiled, same, form in ((0.2, 0.3, "compiled"), (0.9, 0.8, "eager"), (0.9, 0.1, "eager, same products")):
         seconds = min(compiled, same)
-        monkeypatch.setattr(bench, "_compiled", lambda *_, s=compiled: Spy(nn.Identity(), clock, s))
+        monkeypatch.setattr(bench, "compiled_form", lambda *_, s=compiled: Spy(nn.Identity(), clock, s))
         monkeypatch.setattr(bench, "same_products", lambda *_, s=same: Spy(nn.Identity(), clock, s))
         found = bench_model(model, dense, images, [0.7], [2], Setting(repeats=2))["results"][0]
         assert found["dense_latency_ms"]["form"] == form

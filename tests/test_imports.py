@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "acmize"
 # Lowest first. Modules of one row may import each other as long as no circle arises; each row may import
 # the rows before it. A package (methods, phases, kernels) stands for all its modules.
 ORDER = (
-    ("__about__", "errors", "interrupt"),
+    ("__about__", "errors", "environment", "interrupt"),
     ("registry",),
     ("kernels",),
     ("inputs", "padding"),
@@ -43,7 +43,10 @@ ORDER = (
     ("api",),
     ("bench", "verify", "serve", "latency"),
     ("quickstart",),
+    ("compare", "reproduce"),
     ("export", "report"),
+    ("console",),
+    ("cli_saved",),
     ("cli",),
     ("__main__",),
 )
@@ -58,7 +61,6 @@ LATE = (
     "torchaudio",
     "sklearn",
     "matplotlib",
-    "jinja2",
     "onnx",
     "typer",
     "triton.compiler",

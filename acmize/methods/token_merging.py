@@ -15,7 +15,8 @@ Shapes: B samples, T tokens, D width, P prefix tokens (class, registers; never m
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +41,15 @@ class MergeState:
     def sizes(self, sizes: Tensor | None) -> None:
         self._local.sizes = sizes
 
+    @property
+    def trace(self) -> list[Tensor] | None:
+        """Block -> (B, T) token that holds each token of the first block now; None unless `tracing`."""
+        return getattr(self._local, "trace", None)
+
+    @trace.setter
+    def trace(self, trace: list[Tensor] | None) -> None:
+        self._local.trace = trace
+
 
 class MergeHook:
     """Pre-forward hook of a block: merges r pairs of its input and hands log(size) to its attention.
@@ -59,11 +69,16 @@ class MergeHook:
         x = args[0]
         if self.first:
             self.state.sizes = None
-        if self.r:
+        trace = self.state.trace
+        if self.r or trace is not None:
             sizes = self.state.sizes
             if sizes is None:
                 sizes = x.new_ones(x.shape[:2])
-            x, self.state.sizes = merge(x, sizes, self.r, self.prefix)
+            if trace is not None:
+                moved = places(x, sizes, self.r, self.prefix)
+                trace.append(moved if self.first else moved.gather(1, trace[-1]))
+            if self.r:
+                x, self.state.sizes = merge(x, sizes, self.r, self.prefix)
         if self.state.sizes is not None:
             kwargs = {**kwargs, "attn_mask": self.state.sizes.log()[:, None, None, :].to(x.dtype)}
         return (x, *args[1:]), kwargs
@@ -81,30 +96,46 @@ def merge(x_BTD: Tensor, sizes_BT: Tensor, r: int, prefix: int) -> tuple[Tensor,
     Returns:
         (B, T - r, D) tokens and their (B, T - r) sizes: prefix, even tokens that were not merged, odd tokens.
     """
-    x, sizes = x_BTD[:, prefix:], sizes_BT[:, prefix:]
-    a, b, size_a, size_b = x[:, ::2], x[:, 1::2], sizes[:, ::2], sizes[:, 1::2]
-    r = min(r, b.shape[1])
-    if r <= 0:
+    gone, kept, into = _pairs(x_BTD, sizes_BT, r, prefix)
+    if not gone.shape[1]:
         return x_BTD, sizes_BT
-    with torch.no_grad():
-        distance = a.square().sum(-1)[..., None] + b.square().sum(-1)[:, None] - 2 * a @ b.mT
-        weight = size_a[..., None] * size_b[:, None] / (size_a[..., None] + size_b[:, None])
-        cost, partner = (weight * distance).min(-1)
-        order = cost.argsort(-1)
-        gone, stays = order[:, :r], order[:, r:].sort(-1).values
-        front = prefix + stays.shape[1]  # tokens before the odd ones
-        into = front + partner.gather(1, gone)
-        places = torch.arange(x_BTD.shape[1], device=x.device).expand(len(x), -1)
-        kept = torch.cat([places[:, :prefix], prefix + 2 * stays, places[:, prefix + 1 :: 2]], 1)
+    front = kept.shape[1] - (x_BTD.shape[1] - prefix) // 2  # tokens before the odd ones
     merged, old_sizes = _rows(x_BTD, kept), sizes_BT.gather(1, kept)
-    size_gone = size_a.gather(1, gone)
-    moved = _rows(x_BTD, prefix + 2 * gone) * size_gone[..., None]
+    size_gone = sizes_BT.gather(1, gone)
+    moved = _rows(x_BTD, gone) * size_gone[..., None]
     target = _flat(into, merged.shape[1])
     new_sizes = old_sizes.flatten().index_add(0, target, size_gone.flatten()).view_as(old_sizes)
     merged[:, front:] *= old_sizes[:, front:, None]
     merged.flatten(0, 1).index_add_(0, target, moved.flatten(0, 1))
     merged[:, front:] /= new_sizes[:, front:, None]
     return merged, new_sizes
+
+
+def places(x_BTD: Tensor, sizes_BT: Tensor, r: int, prefix: int) -> Tensor:
+    """(B, T) where `merge` with the same arguments puts each token: an index among the tokens that are left."""
+    gone, kept, into = _pairs(x_BTD, sizes_BT, r, prefix)
+    out = torch.empty(x_BTD.shape[:2], dtype=torch.int64, device=x_BTD.device)
+    out.scatter_(1, kept, torch.arange(kept.shape[1], device=x_BTD.device).expand_as(kept))
+    return out.scatter_(1, gone, into)
+
+
+@torch.no_grad()
+def _pairs(x_BTD: Tensor, sizes_BT: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens that go (B, R), tokens that stay (B, T - R), and which of the latter takes in each of the former."""
+    x, sizes = x_BTD[:, prefix:], sizes_BT[:, prefix:]
+    a, b, size_a, size_b = x[:, ::2], x[:, 1::2], sizes[:, ::2], sizes[:, 1::2]
+    r = min(r, b.shape[1])
+    places = torch.arange(x_BTD.shape[1], device=x.device).expand(len(x), -1)
+    if r <= 0:
+        return places[:, :0], places, places[:, :0]
+    distance = a.square().sum(-1)[..., None] + b.square().sum(-1)[:, None] - 2 * a @ b.mT
+    weight = size_a[..., None] * size_b[:, None] / (size_a[..., None] + size_b[:, None])
+    cost, partner = (weight * distance).min(-1)
+    order = cost.argsort(-1)
+    gone, stays = order[:, :r], order[:, r:].sort(-1).values
+    into = prefix + stays.shape[1] + partner.gather(1, gone)  # the odd tokens come last
+    kept = torch.cat([places[:, :prefix], prefix + 2 * stays, places[:, prefix + 1 :: 2]], 1)
+    return prefix + 2 * gone, kept, into
 
 
 def _rows(x_BTD: Tensor, index_BK: Tensor) -> Tensor:
@@ -151,6 +182,23 @@ def hooks_of(model: Any) -> list[MergeHook]:
     """The merging hooks of a model, in the order of its blocks."""
     blocks = getattr(model, "blocks", ())
     return [h for b in blocks for h in b._forward_pre_hooks.values() if isinstance(h, MergeHook)]
+
+
+@contextmanager
+def tracing(model: Any) -> Iterator[list[Tensor]]:
+    """Follows the tokens of one forward inside the context: block -> (B, T), the token there of each first token.
+
+    The list stays empty for a model without hooks, whose tokens stay what they are.
+    """
+    states = {id(hook.state): hook.state for hook in hooks_of(model)}.values()
+    trace: list[Tensor] = []
+    for state in states:
+        state.trace = trace
+    try:
+        yield trace
+    finally:
+        for state in states:
+            state.trace = None
 
 
 def why_not(model: Any) -> str | None:

@@ -1,0 +1,46 @@
+"""The versions and the machine behind a figure, so that another run can say what differs."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from acmize.__about__ import __version__
+
+PACKAGES = ("torch", "torchvision", "timm", "transformers", "datasets", "numpy", "pillow", "torchaudio")
+
+
+def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Versions of what takes part, and what it ran on; JSON values.
+
+    Args:
+        device: of the model.
+    """
+    kind = torch.device(device).type
+    return {
+        "acmize": __version__,
+        "python": platform.python_version(),
+        **{name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if kind == "cuda" else kind,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def differences(published: dict[str, Any], here: dict[str, Any]) -> list[dict[str, Any]]:
+    """What has another value here, or none: {"name", "published", "here"}."""
+    names = [name for name in {**published, **here} if published.get(name) != here.get(name)]
+    return [{"name": name, "published": published.get(name), "here": here.get(name)} for name in names]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
