@@ -209,6 +209,19 @@ def converted(folder: Path, dense: nn.Module, data: Any, recipe: Recipe, kwargs:
     return made
 
 
+def pyplot() -> Any:
+    """Pyplot of matplotlib without a window, or None, with a note, where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print('no plot: it needs matplotlib; pip install "acmize[report]"')
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def percent(value: float | None) -> str:
     """A share as per cent with one decimal."""
     return "-" if value is None else f"{100 * value:.1f}"

@@ -96,8 +96,34 @@ def squared(data: dict[Gate, GateData], relative: bool) -> dict[Gate, GateData]:
     return out
 
 
+SHOWN = ("product, label-free", "token merging", "damage gates", "local-error gates, absolute", "static width")
+
+
+def plot(rows: common.Rows, path: Path) -> None:
+    """The rows of `SHOWN` as lines: top-1 against executed MACs."""
+    plt = common.pyplot()
+    if plt is None:
+        return
+    plt.rcParams["svg.hashsalt"] = path.name  # the same file from the same numbers
+    plt.rcParams["svg.fonttype"] = "none"  # text, a fifth of the size of outlines
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    found = rows.found["rows"]
+    for name in SHOWN:
+        mine = [row for key, row in found.items() if key.startswith(f"{name} @")]
+        x, y = [row["macs_ratio"] for row in mine], [100 * row["accuracy"] for row in mine]
+        axes.plot(x, y, "o-", label=name, linewidth=3 if name == SHOWN[0] else 1.5)
+    axes.axhline(100 * found["dense"]["accuracy"], color="gray", linestyle=":", label="dense")
+    axes.set(
+        xlabel="executed MACs, share of the dense model", ylabel="top-1, %", title="DeiT-Tiny, no labels, no training"
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
 def main() -> None:
-    """Measure what is missing, print the table."""
+    """Measure what is missing; print the table, draw it."""
     parser = common.parser(__doc__ or "", __file__, BUDGETS)
     parser.add_argument("--from", dest="trained", type=Path, metavar="DIR", help="a trained checkpoint to add")
     args = parser.parse_args()
@@ -122,6 +148,7 @@ def main() -> None:
         for budget in args.budgets:
             rows.measure(f"{name} @ {budget:g}", lambda m=measure, b=budget: m(b))
     rows.show(common.columns())
+    plot(rows, args.output / "frontier.svg")
 
 
 if __name__ == "__main__":

@@ -126,13 +126,9 @@ class Comparison:
 
 def plots(output: Path, rows: common.Rows, made: list[Comparison]) -> None:
     """accuracy.png, loss.png, gates.png: one panel a comparison."""
-    try:
-        import matplotlib
-    except ImportError:
-        print('no plots: they need matplotlib; pip install "acmize[report]"')
+    plt = common.pyplot()
+    if plt is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
     def accuracy(axes: Any, one: Comparison) -> None:
         for name in ("dense", "dense, longer", "label-free", "lag", "static"):
