@@ -211,6 +211,11 @@ class Order(NamedTuple):
     choice: Tensor
     counts: list[int]
 
+    @property
+    def full(self) -> bool:
+        """Whether every token runs every learner: the dense layer, which needs no order."""
+        return 0 < len(self.index) == self.counts[-1]
+
 
 class Run(NamedTuple):
     """One product: units lo..hi of the first `count` tokens."""
@@ -265,6 +270,9 @@ def expand_sorted(
 
     `out` (M, H * U), of any strides, is where the result goes: a part of a fused output needs no second copy.
     """
+    if order.full:
+        y = gemm(x_MD, weight, bias)
+        return y if out is None else out.copy_(y)
     x = x_MD.index_select(0, order.index)
     h = x.new_zeros(len(x), heads, weight.shape[0] // heads)
     w = weight.unflatten(0, (heads, -1))
@@ -282,6 +290,8 @@ def contract_sorted(
     h_MU: Tensor, weight: Tensor, table: Tensor, order: Order, bounds: Sequence[int], heads: int
 ) -> Tensor:
     """Contract in sorted order: (M, H * U) -> (M, O) in the original order."""
+    if order.full:
+        return gemm(h_MU, weight, table[-1])
     y = table.index_select(0, order.choice)
     w = weight.T.unflatten(0, (heads, -1))
     h = h_MU.index_select(0, order.index).unflatten(-1, (heads, -1))
@@ -297,18 +307,25 @@ def mlp_sorted(
     x_MD: Tensor, ups: Sequence[Up], act: Act, down: Tensor, table: Tensor, order: Order, bounds: Sequence[int]
 ) -> Tensor:
     """Expand, activation and contract without leaving the sorted order: (M, D) -> (M, O); arguments as of `mlp`."""
+    if order.full:
+        return gemm(_hidden(x_MD, ups, act), down, table[-1])
     x = x_MD.index_select(0, order.index)
     y = table.index_select(0, order.choice)
     for run in plan_runs(order.counts, bounds, len(ups) * x.shape[1] + y.shape[1]):
         lo, hi, part_w = run.lo, run.hi, down[:, run.lo : run.hi]
         rows = x[: _rows(run.count, x, part_w)]
-        (w, b), *others = ups
-        hidden = gemm(rows, w[lo:hi], None if b is None else b[lo:hi], act)
-        for w, b in others:
-            hidden *= gemm(rows, w[lo:hi], None if b is None else b[lo:hi])
+        hidden = _hidden(rows, [(w[lo:hi], None if b is None else b[lo:hi]) for w, b in ups], act)
         cut_(hidden[: run.count, None], order, bounds, lo)
         y[: run.count] += gemm(hidden, part_w)[: run.count]
     return y.index_select(0, order.inverse)
+
+
+def _hidden(x: Tensor, ups: Sequence[Up], act: Act) -> Tensor:
+    (w, b), *others = ups
+    hidden = gemm(x, w, b, act)
+    for w, b in others:
+        hidden *= gemm(x, w, b)
+    return hidden
 
 
 def cut_(h: Tensor, order: Order, bounds: Sequence[int], first: int = 0) -> None:
