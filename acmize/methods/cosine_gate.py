@@ -282,7 +282,7 @@ class CosineGateMethod(Method):
         "phases": ("gates", "finetune"),
         "gates": {"images": 2000, "draws": 4},
         "train": {"gate_lr": 3e-3, "gate_decay": 0.0},
-        # With a budget loss of 1 every gate opened in the first steps, for good: a block is worth more than that at first.
+        # With a budget loss of 1 every gate opened in the first steps, for good: at first a block is worth more.
         "losses": {"task": 1.0, "features": 0.0, "budget": 10.0, "entropy": 0.0, "diversity": 0.0},
     }
 
