@@ -212,9 +212,11 @@ class SkippableBlock(AdaptiveModule):
         keep = decision.group(0).keep_or_hard(1, y.dtype)[:, :, None, None]
         return keep * y + (1 - keep) * self.skipped(x)
 
-    def skipped(self, x: Tensor) -> Tensor:
-        """What an input becomes that does not run the block."""
-        return x if self.rest is None else self.block.get_submodule(self.rest)(x.clone())  # activations are in place
+    def skipped(self, x: Tensor, owned: bool = False) -> Tensor:
+        """What an input becomes that does not run the block; activations write into an input that is `owned`."""
+        if self.rest is None:
+            return x
+        return self.block.get_submodule(self.rest)(x if owned else x.clone())
 
     def run_with_cir(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Output (B, C, H, W) of the whole block, and CIR (B, 1) without gradient."""
@@ -246,14 +248,17 @@ class SkippableBlock(AdaptiveModule):
 @ops.eager
 def _gathered(module: SkippableBlock, x: Tensor, runs: Tensor) -> Tensor:
     """Run the block on the samples (B,) that keep it, and on nothing else."""
-    count = int(runs.sum())
-    if count == len(x):
+    if len(x) == 1:
+        return module.block(x) if runs else module.skipped(x)
+    rows, rest = runs.nonzero().flatten(), runs.logical_not().nonzero().flatten()
+    if not len(rest):
         return module.block(x)
-    out = module.skipped(x)
-    if count:
-        rows = runs.nonzero().flatten()
-        out = out.index_copy(0, rows, module.block(x[rows]))
-    return out
+    if not len(rows):
+        return module.skipped(x)
+    y = module.block(x[rows])
+    out = y.new_empty(len(x), *y.shape[1:])
+    out.index_copy_(0, rows, y)
+    return out.index_copy_(0, rest, module.skipped(x[rest], owned=True).to(y.dtype))
 
 
 @torch.no_grad()
@@ -277,7 +282,7 @@ class CosineGateMethod(Method):
         "phases": ("gates", "finetune"),
         "gates": {"images": 2000, "draws": 4},
         "train": {"gate_lr": 3e-3, "gate_decay": 0.0},
-        # With a budget loss of 1 every gate opened in the first steps, for good: a block is worth more than that.
+        # With a budget loss of 1 every gate opened in the first steps, for good: at first a block is worth more.
         "losses": {"task": 1.0, "features": 0.0, "budget": 10.0, "entropy": 0.0, "diversity": 0.0},
     }
 
