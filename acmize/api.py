@@ -384,7 +384,8 @@ class _Conversion:
         count = 64 if tolerance > 0.01 else 200
         if all(e.tokens == 1 for e in self.plan.entries):  # a decision a sample: its mean needs more of them
             count *= 10
-        batches = list(self.images.batches(self.images.held, count))
+        which = self.images.held if tolerance > 0.01 else self.images.calibration
+        batches = list(self.images.batches(which, count))
         floor = self.plan.budget_range[0]
         reachable = [b for b in budgets if b >= floor] or [floor + 0.01]
         return calibrate(self.model, self.plan, batches, reachable, tolerance=tolerance)

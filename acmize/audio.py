@@ -88,6 +88,29 @@ class AudioSet:
         return [soundfile.info(_file(row[self._audio])).duration for row in self._rows]
 
 
+class JoinedAudio:
+    """Several sets as one; each utterance keeps the key it has in its own.
+
+    Args:
+        parts: the sets, in order.
+    """
+
+    def __init__(self, *parts: AudioSet) -> None:
+        self._parts = parts
+        self._places = [(part, i) for part in parts for i in range(len(part))]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Utterance:
+        part, i = self._places[index]
+        return part[i]
+
+    def seconds(self) -> list[float]:
+        """Length of every recording."""
+        return [seconds for part in self._parts for seconds in part.seconds()]
+
+
 @dataclass(frozen=True, kw_only=True)
 class AudioSplits:
     """The splits of an audio data set: `train`, `test` (or None each), and what to call it in tables."""

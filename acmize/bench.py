@@ -279,10 +279,16 @@ def real_images(model: Any, data: Any, *, limit: int, seed: int = 0) -> Tensor:
 
 
 def dense_of(model: Any, weights: str | Path | None = None) -> nn.Module:
-    """The dense model of an adaptive one, with the weights of a file, or random ones from no global generator."""
+    """The dense model of an adaptive one.
+
+    Args:
+        model: adaptive.
+        weights: a safetensors file, for transformers a folder; None: random ones from no global generator.
+    """
     base = model.base
     if weights is not None:
-        return load_model(base["architecture"], weights, **base["kwargs"])
+        of_folder = base["library"] == "transformers"
+        return load_model(str(weights)) if of_folder else load_model(base["architecture"], weights, **base["kwargs"])
     with torch.random.fork_rng(devices=[]):
         return build_base(base).eval()
 

@@ -321,19 +321,21 @@ def bench(
     data: Annotated[str | None, typer.Option(help="real inputs, since gates decide from them")] = None,
     weights: DenseWeights = None,
     budget: Annotated[list[float] | None, typer.Option(help="budgets; default: those it was saved with")] = None,
-    batch_size: Annotated[list[int] | None, typer.Option(help="images in a call; default: 1, 8, 32")] = None,
+    batch_size: Annotated[list[int] | None, typer.Option(help="samples a call; default 1, 8, 32; speech 1")] = None,
     repeats: Annotated[int, typer.Option(help="timed calls of each model, budget and batch size")] = 30,
     threads: Annotated[int | None, typer.Option(help="of PyTorch; default: as it is")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
     device: Device = "cpu",
-    limit: Annotated[int, typer.Option(help="images at most")] = 256,
-    seed: Annotated[int, typer.Option(help="of the order of images")] = 0,
+    limit: Annotated[int, typer.Option(help="samples at most; 32 at most in speech")] = 256,
+    seed: Annotated[int, typer.Option(help="of the order of samples")] = 0,
     no_compile: NoCompile = False,
     ops: Annotated[bool, typer.Option("--ops", help="time the primitives alone; DIR may be left out")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Milliseconds beside the dense model's, eager or compiled, on real inputs in turns."""
     from acmize.bench import BATCH_SIZES, Setting, bench_ops, bench_saved
+    from acmize.bench_speech import bench_speech
+    from acmize.hosts_speech import is_speech
     from acmize.hub import from_pretrained
 
     setting = Setting(device=device, dtype=dtype, threads=threads, repeats=repeats, seed=seed)
@@ -341,13 +343,13 @@ def bench(
         raise AcmizeError("bench: found no model, expected a folder or repository; give DIR, or --ops for primitives")
     found: dict[str, Any] = {}
     if source is not None:
-        sizes = batch_size or BATCH_SIZES
         model = from_pretrained(source)
-        _images_only(model, "bench")
-        found |= bench_saved(
-            model, data, weights=weights, budgets=budget, batch_sizes=sizes, setting=setting,
-            limit=limit, compiled=not no_compile,
-        )  # fmt: skip
+        told: dict[str, Any] = {"weights": weights, "budgets": budget, "setting": setting}
+        if is_speech(model):
+            found |= bench_speech(model, data, batch_sizes=batch_size or (1,), limit=min(limit, 32), **told)
+        else:
+            sizes = batch_size or BATCH_SIZES
+            found |= bench_saved(model, data, batch_sizes=sizes, limit=limit, compiled=not no_compile, **told)
     if ops:
         found |= bench_ops(setting)
     if as_json:
@@ -358,7 +360,9 @@ def bench(
 
 def print_bench(found: dict[str, Any]) -> None:
     """Milliseconds of models and of primitives, each beside the dense ones."""
-    if found.get("results"):
+    if "work" in found:
+        _print_heard(found)
+    elif found.get("results"):
         table = table_of(
             "batch", "budget", "MACs ratio", "p50 ms", "p5", "p95", "p99", "speedup", "images/s", "peak MB"
         )
@@ -390,6 +394,29 @@ def print_bench(found: dict[str, Any]) -> None:
     out.print(f"{found['device']}, {found['threads']} threads, {found['dtype']}", highlight=False)
 
 
+def _print_heard(found: dict[str, Any]) -> None:
+    """Real-time factors of a speech model and of its encoder."""
+    names = ("ms", "RTF", "speedup", "encoder ms", "encoder RTF", "encoder speedup")
+    table = table_of("batch", "budget", "MACs ratio", *names)
+    for size in dict.fromkeys(r["batch_size"] for r in found["results"]):
+        rows = [r for r in found["results"] if r["batch_size"] == size]
+        cells = [c for r in (rows[0], rows[0]["encoder"]) for c in _heard(r["dense_latency_ms"], r["dense_rtf"], 1.0)]
+        table.add_row(str(size), f"dense, {rows[0]['dense_latency_ms']['form']}", "1.000", *cells)
+        for r in rows:
+            cells = [c for part in (r, r["encoder"]) for c in _heard(part["latency_ms"], part["rtf"], part["speedup"])]
+            table.add_row(str(size), f"{r['budget']:g}", f"{r['macs_ratio']:.3f}", *cells)
+        told = f"batch of {size}: {rows[0]['seconds']:.1f} s of audio"
+        out.print(f"{told}; no encoder makes the whole more than {rows[0]['bound']:.2f} times as fast", highlight=False)
+    out.print(table)
+    work = found["work"]
+    told = f"{work['gmacs_per_second']:.3f} GMACs a second of audio, {100 * work['front_share']:.1f} % of them"
+    out.print(f"{told} the front end's, which stay", highlight=False)
+
+
+def _heard(latency: dict[str, Any], rtf: float, speedup: float) -> list[str]:
+    return [f"{latency['p50']:.1f}", f"{rtf:.4f}", f"{speedup:.2f}"]
+
+
 def _milliseconds(latency: dict[str, Any]) -> list[str]:
     return [f"{latency[p]:.2f}" for p in ("p50", "p5", "p95", "p99")]
 
@@ -399,8 +426,8 @@ def verify(
     source: Annotated[str, typer.Argument(metavar="DIR", help="folder or Hub repository of an adaptive model")],
     data: Annotated[str | None, typer.Option(help="real inputs; without them, noise")] = None,
     weights: DenseWeights = None,
-    limit: Annotated[int, typer.Option(help="images")] = 4,
-    seed: Annotated[int, typer.Option(help="of images, noise and random choices")] = 0,
+    limit: Annotated[int, typer.Option(help="samples")] = 4,
+    seed: Annotated[int, typer.Option(help="of samples, noise and random choices")] = 0,
     device: Device = "cpu",
     no_compile: NoCompile = False,
     as_json: AsJson = False,
@@ -411,7 +438,6 @@ def verify(
 
     compiler = None if no_compile else "inductor"
     model = from_pretrained(source)
-    _images_only(model, "verify")
     found = verify_saved(model, data, weights=weights, limit=limit, seed=seed, device=device, compiler=compiler)
     if as_json:
         print(json.dumps(found))

@@ -13,7 +13,7 @@ out, err = Console(), Console(stderr=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, nothing else")]
 Source = Annotated[str, typer.Argument(metavar="DIR", help="folder or Hub repository of an adaptive model")]
-DenseWeights = Annotated[Path | None, typer.Option("--weights", help="safetensors file of the dense model")]
+DenseWeights = Annotated[Path | None, typer.Option("--weights", help="dense model: safetensors file, or folder")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
 NoCompile = Annotated[bool, typer.Option("--no-compile", help="leave torch.compile out, which can take minutes")]
 

@@ -167,7 +167,10 @@ def _ast_layer(fqn: str, module: Any) -> Found:
 # --- which frames are real ------------------------------------------------------------------------------------
 
 
-@locates(*_all("Encoder"), *_all("EncoderStableLayerNorm", "data2vec"))
+_BLOCKS = (*_all("Encoder"), *_all("EncoderStableLayerNorm", "data2vec"))
+
+
+@locates(*_BLOCKS)
 def _frames(_encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     return None if mask is None or mask.dim() != 2 else mask.bool()
@@ -273,6 +276,12 @@ def example_speech(model: Any, frames: int = FRAMES) -> Inputs:
 def has_fixed_length(model: Any) -> bool:
     """Whether every utterance is brought to one length (Whisper, AST)."""
     return model.config.model_type in ("whisper", "audio-spectrogram-transformer")
+
+
+def blocks_path(model: Any) -> str:
+    """Path of what holds the encoder's blocks: with a decoder the whole encoder, else behind the front end if apart."""
+    apart = (path for path, module in model.named_modules() if class_path(module) in _BLOCKS)
+    return encoder_path(model) or next(apart, model.base_model_prefix)
 
 
 def encoder_path(model: Any) -> str:

@@ -21,6 +21,7 @@ class Images:
     """The data of a conversion: images to fit on, images held out of train for calibration, and test images.
 
     Attributes:
+        calibration: what budgets are calibrated on: the held-out images.
         task: loss of the labels in phase 3; None: the cross-entropy of classes.
     """
 
@@ -38,6 +39,7 @@ class Images:
         plain = eval_transform(model)
         self.fit: Any = cached(ImageSet(fit, plain, **read))
         self.held: Any = cached(ImageSet(held, plain, **read))
+        self.calibration = self.held
         self.test = None if splits.test is None else cached(ImageSet(splits.test, plain, **read))
         train = recipe.train
         augment = train_transform(

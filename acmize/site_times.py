@@ -61,7 +61,7 @@ def site_times(dense: nn.Module, plan: Plan, inputs: Batch, seed: int = 0) -> li
     with evaluating(plain, adaptive), torch.inference_mode(), choosing(adaptive, choose):
         for number in range(WARMUP + ROUNDS):
             for side, model in enumerate((plain, adaptive)):
-                with _timed(model, list(spent)) as seconds:
+                with timed(model, list(spent)) as seconds:
                     forward(model, inputs)
                 if number >= WARMUP:
                     for place, found in seconds.items():
@@ -102,8 +102,8 @@ def _shape(e: PlanEntry) -> tuple[Any, ...]:
 
 
 @contextmanager
-def _timed(model: nn.Module, places: list[str]) -> Iterator[dict[str, float]]:
-    """Seconds spent in each place while the context is open."""
+def timed(model: nn.Module, places: list[str]) -> Iterator[dict[str, float]]:
+    """Seconds spent in each place, a module named by its path, while the context is open."""
     seconds: dict[str, float] = dict.fromkeys(places, 0.0)
     handles = []
 
@@ -125,4 +125,4 @@ def _timed(model: nn.Module, places: list[str]) -> Iterator[dict[str, float]]:
             handle.remove()
 
 
-__all__ = ["SiteTime", "site_times"]
+__all__ = ["SiteTime", "site_times", "timed"]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acmize.audio import AudioSet, Utterance, buckets, open_audio
+from acmize.audio import AudioSet, JoinedAudio, Utterance, buckets, open_audio
 from acmize.cost import evaluating
 from acmize.errors import AcmizeError
 from acmize.hf_models import processor_of
@@ -31,6 +31,7 @@ from acmize.speech_training import training, transcript_task
 from acmize.splits import split_holdout
 
 TOKENS_A_SECOND = 6.5  # what Moonshine allows: more is a decoder caught in a loop
+CALIBRATED = 64  # recordings that calibration needs
 
 
 class Listener:
@@ -168,6 +169,7 @@ class Speech:
 
     Attributes:
         task: loss of the transcripts in phase 3.
+        calibration: what budgets are calibrated on: the held-out recordings, all where they are few.
     """
 
     def __init__(self, data: Any, model: Any, recipe: Recipe) -> None:
@@ -178,6 +180,8 @@ class Speech:
         fit, held = split_holdout(splits.train, recipe.holdout, recipe.seed)
         rate = self.listener.processor.rate
         self.fit, self.held = splits.audio(fit, "train", rate), splits.audio(held, "held out", rate)
+        enough = len(self.held) >= CALIBRATED  # the mean compute of a few recordings is far from that of many
+        self.calibration = self.held if enough else JoinedAudio(self.held, self.fit)
         self.test = None if splits.test is None else splits.audio(splits.test, "test", rate)
         self.augmented = self.fit
         self.alone = alone_only(model) is not None
@@ -194,7 +198,9 @@ class Speech:
         """Open while phase 3 trains a model: its front end is frozen, frames are masked."""
         return training(model, self._train)
 
-    def batches(self, which: AudioSet, limit: int | None = None, size: int | None = None) -> Iterator[Inputs]:
+    def batches(
+        self, which: AudioSet | JoinedAudio, limit: int | None = None, size: int | None = None
+    ) -> Iterator[Inputs]:
         """Inputs of a set in a fixed shuffled order, without transcripts."""
         seen = 0
         size = 1 if self.alone else min(size or self.batch_size, len(which))

@@ -21,14 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from acmize import ops
-from acmize.bench import check_device, dense_of, real_images
+from acmize.bench import check_device, dense_of
+from acmize.bench_speech import real_inputs
 from acmize.controls import random_choice
 from acmize.cost import evaluating
 from acmize.errors import AcmizeError
-from acmize.gates import AdaptiveModule, Choose, Gate, choosing, full_width, gates_of, record
+from acmize.gates import AdaptiveModule, Choose, Decision, Gate, choosing, full_width, gates_of, record
 from acmize.hosts import example_input
+from acmize.hosts_speech import example_speech, is_speech
 from acmize.hub import from_pretrained, save_pretrained
-from acmize.inputs import logits_of
+from acmize.inputs import Batch, Inputs, counted, forward, logits_of
 from acmize.kernels.linear import is_available
 from acmize.methods.token_merging import schedule_of, set_schedule
 
@@ -67,8 +69,8 @@ class Plain:
 
     Attributes:
         what: how choices were made.
-        outputs: (S, C) logits.
-        choices: of each gate, in the model's order, (S, T, G); None for a gate that was not asked.
+        outputs: (rows, C) logits that count.
+        choices: of each gate, in the model's order, (S, T, G), -1 where padded; None for a gate that was not asked.
         gates: the gates chose by themselves.
     """
 
@@ -84,7 +86,10 @@ class Plain:
 
 
 class Replay:
-    """A `Choose` that repeats noted choices (S, T, G), and counts where the gate itself would have chosen otherwise."""
+    """A `Choose` that repeats noted choices (S, T, G), and counts where the gate itself would have chosen otherwise.
+
+    Padded tokens, noted as -1, run nothing and are not counted.
+    """
 
     def __init__(self, choice: Tensor) -> None:
         self.choice = choice
@@ -94,7 +99,7 @@ class Replay:
         """X (..., D) -> the noted choices (..., G)."""
         own = gate.energies(x)[..., gate.min_choice :].argmin(-1) + gate.min_choice
         choice = self.choice.view(own.shape)
-        self.differ = (own != choice).sum()
+        self.differ = ((own != choice) & (choice >= 0)).sum()
         return choice
 
 
@@ -131,9 +136,9 @@ def verify_saved(
 
     Args:
         model: from `from_pretrained`.
-        data: images, anything `datasets.load_dataset` opens; without it the inputs are seeded noise.
-        weights: safetensors file of the dense model, for the check of full width.
-        limit: images.
+        data: images or recordings, anything `datasets.load_dataset` opens; without it the inputs are seeded noise.
+        weights: safetensors file (folder, for transformers) of the dense model, for the check of full width.
+        limit: samples.
         seed: of images, noise and random choices.
         device: "cpu" or "cuda".
         compiler: backend of `torch.compile`, or None to leave it out.
@@ -144,21 +149,25 @@ def verify_saved(
     if data is None:
         inputs = noise(model, limit, seed)
     else:
-        inputs = real_images(model, data, limit=limit, seed=seed)
+        inputs = real_inputs(model, data, limit=limit, seed=seed)
     dense = None if weights is None else dense_of(model, weights).to(device)
     told = verify(model.to(device), inputs.to(device), dense=dense, seed=seed, compiler=compiler)
-    return {**told, "inputs": "noise" if data is None else "images"}
+    return {**told, "inputs": "noise" if data is None else "images" if isinstance(inputs, Tensor) else "recordings"}
 
 
-def noise(model: nn.Module, samples: int, seed: int) -> Tensor:
-    """(S, C, H, W) standard normal inputs of the model's size."""
-    example = example_input(model, samples)
-    return torch.randn(example.shape, generator=torch.Generator().manual_seed(seed))
+def noise(model: nn.Module, samples: int, seed: int) -> Batch:
+    """Standard normal inputs of the model's size; of speech, a few seconds, and for a decoder its start token."""
+    generator = torch.Generator().manual_seed(seed)
+    if not is_speech(model):
+        return torch.randn(example_input(model, samples).shape, generator=generator)
+    example = {k: t.expand(samples, *t.shape[1:]) for k, t in example_speech(model, frames=100).tensors.items()}
+    floats = {k: torch.randn(t.shape, generator=generator) for k, t in example.items() if t.is_floating_point()}
+    return Inputs({**example, **floats})
 
 
 def verify(
     model: Any,
-    inputs: Tensor,
+    inputs: Batch,
     *,
     dense: nn.Module | None = None,
     seed: int = 0,
@@ -168,7 +177,7 @@ def verify(
 
     Args:
         model: adaptive, see `hub.Adaptive`, at the budget at which its own gates are to be checked.
-        inputs: (S, C, H, W), two samples or more, on the model's device.
+        inputs: two samples or more, on the model's device: (S, C, H, W), or keyword inputs.
         dense: the model it was made from, for the check of full width.
         seed: of random choices.
         compiler: backend of `torch.compile`, or None to leave it out.
@@ -197,7 +206,7 @@ def _full_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _checks(model: Any, inputs: Tensor, dense: nn.Module | None, seed: int, compiler: str | None) -> list[Check]:
+def _checks(model: Any, inputs: Batch, dense: nn.Module | None, seed: int, compiler: str | None) -> list[Check]:
     runs = {what: plain(model, inputs, what, choose) for what, choose in kinds(model, seed).items()}
     some = [runs["random"], runs["gates"]]
     found: list[Check] = []
@@ -249,14 +258,25 @@ def _same(gate: Gate, x: Tensor, choice: int) -> Tensor:
     return torch.full((*x.shape[:-1], gate.groups), choice, device=x.device)
 
 
-def plain(model: nn.Module, inputs: Tensor, what: str, choose: Choose | None) -> Plain:
+def plain(model: nn.Module, inputs: Batch, what: str, choose: Choose | None) -> Plain:
     """Run the plain path and note the choices."""
     with ops.use_backend(REFERENCE), choosing(model, choose), record(model, len(inputs), keep_inputs=True) as seen:
-        outputs = logits_of(model(inputs)).float()
-    noted = {module.gate: decision.choice for module, _, decision in seen.seen}
+        outputs = _rows(forward(model, inputs), inputs)
+    noted = {module.gate: _noted(decision) for module, _, decision in seen.seen}
     found = (noted.get(gate) for gate in gates_of(model))
     choices = (None if c is None else c.reshape(len(inputs), -1, c.shape[-1]) for c in found)
     return Plain(what=what, outputs=outputs, choices=tuple(choices), gates=choose is None)
+
+
+def _noted(decision: Decision) -> Tensor:
+    """Choices (..., G), -1 where padded."""
+    valid = decision.valid
+    return decision.choice if valid is None else decision.choice.masked_fill(~valid[..., None], -1)
+
+
+def _rows(output: Any, inputs: Batch) -> Tensor:
+    """The outputs that count, (rows, C): a sample each, or a real frame, or a token."""
+    return counted(logits_of(output), inputs).float()
 
 
 # --- paths: each gives outputs and the share of choices that its gates would have made otherwise ---------------
@@ -264,18 +284,16 @@ def plain(model: nn.Module, inputs: Tensor, what: str, choose: Choose | None) ->
 Ran = tuple[Tensor, float]
 
 
-def _again(
-    model: nn.Module, inputs: Tensor, run: Plain, backend: str | None, forward: Callable[..., Any] | None = None
-) -> Ran:
+def _again(model: nn.Module, inputs: Batch, run: Plain, backend: str | None, called: Any = None) -> Ran:
     """The whole batch on a backend (None: the default one), or by another callable."""
-    called = model if forward is None else forward
+    called = model if called is None else called
     with replaying(model, run.choices) as replays, nullcontext() if backend is None else ops.use_backend(backend):
-        outputs = called(inputs)
-    total = sum(r.choice.numel() for r in replays)
-    return logits_of(outputs).float(), sum(int(r.differ) for r in replays) / max(total, 1)
+        outputs = forward(called, inputs)
+    total = sum(int((r.choice >= 0).sum()) for r in replays)
+    return _rows(outputs, inputs), sum(int(r.differ) for r in replays) / max(total, 1)
 
 
-def _one_by_one(model: nn.Module, inputs: Tensor, run: Plain, backend: str) -> Ran:
+def _one_by_one(model: nn.Module, inputs: Batch, run: Plain, backend: str) -> Ran:
     """Each sample as a batch of one."""
     outputs, differ = [], []
     for i in range(len(inputs)):
@@ -318,7 +336,7 @@ def _failed(check: str, what: str, tolerance: float | None, error: Exception) ->
     return Check(check=check, what=what, difference=None, tolerance=tolerance, ok=False, note=note)
 
 
-def _few_tokens(model: nn.Module, inputs: Tensor, backend: str) -> list[Check]:
+def _few_tokens(model: nn.Module, inputs: Batch, backend: str) -> list[Check]:
     """Every adaptive module on a single token, and on none, with each of three choices."""
     asked = _inputs_of(model, inputs)
     chosen = [choose for what, choose in kinds(model, 0).items() if what in ("least", "middle", "full")]
@@ -334,7 +352,7 @@ def _few_tokens(model: nn.Module, inputs: Tensor, backend: str) -> list[Check]:
     return found
 
 
-def _inputs_of(model: nn.Module, inputs: Tensor) -> list[tuple[AdaptiveModule, Tensor]]:
+def _inputs_of(model: nn.Module, inputs: Batch) -> list[tuple[AdaptiveModule, Tensor]]:
     """The adaptive modules, in the order in which they are called, and what they are given."""
     asked: list[tuple[AdaptiveModule, Tensor]] = []
     modules = [m for m in model.modules() if isinstance(m, AdaptiveModule)]
@@ -345,7 +363,7 @@ def _inputs_of(model: nn.Module, inputs: Tensor) -> list[tuple[AdaptiveModule, T
     handles = [m.register_forward_pre_hook(note) for m in modules]
     try:
         with ops.use_backend(REFERENCE):
-            model(inputs)
+            forward(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -383,9 +401,9 @@ def _difference(y: Tensor, expected: Tensor) -> float:
     return (y - expected).abs().max().item() / spread if spread else math.inf
 
 
-def _reloaded(model: Any, inputs: Tensor, run: Plain) -> list[Check]:
+def _reloaded(model: Any, inputs: Batch, run: Plain) -> list[Check]:
     """The model saved and loaded again: its tensors bit by bit, and its answers."""
-    if model.base.get("library") != "timm":
+    if model.base.get("library") not in ("timm", "transformers"):
         return []  # loading needs the user's own module
     check = "saved and loaded"
     try:
@@ -405,7 +423,7 @@ def _other_tensors(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> 
     return len(mine.keys() | theirs.keys()) - same
 
 
-def _full_width(model: Any, dense: nn.Module, inputs: Tensor, run: Plain) -> Check:
+def _full_width(model: Any, dense: nn.Module, inputs: Batch, run: Plain) -> Check:
     """Full width beside the dense model, which it equals as long as no weight was trained."""
     phases = set(model.recipe.get("phases", ()))
     trained = sorted(phases & {"distill", "finetune"})
@@ -413,12 +431,12 @@ def _full_width(model: Any, dense: nn.Module, inputs: Tensor, run: Plain) -> Che
     if not model.plan.exact:
         note = "learners from random weights"
     with evaluating(dense):
-        outputs = logits_of(dense(inputs)).float()
+        outputs = _rows(forward(dense, inputs), inputs)
     difference = (outputs - run.outputs).abs().max().item()
     return judged("dense", "full", difference, None if note else run.tolerance, note and f"not judged: {note}")
 
 
-def _merged(model: Any, inputs: Tensor) -> list[Check]:
+def _merged(model: Any, inputs: Batch) -> list[Check]:
     """Backends with tokens merged, each choosing by itself: the median sample's difference."""
     run = plain(model, inputs, "merged tokens, median", None)
     found = []
@@ -427,7 +445,7 @@ def _merged(model: Any, inputs: Tensor) -> list[Check]:
             continue
         try:
             with ops.use_backend(backend):
-                outputs = logits_of(model(inputs)).float()
+                outputs = _rows(forward(model, inputs), inputs)
         except Exception as error:  # any kind, as in `compared`
             found.append(_failed(backend, run.what, run.tolerance, error))
             continue

@@ -41,7 +41,7 @@ ORDER = (
     ("hub",),
     ("auto",),
     ("api",),
-    ("bench", "verify", "serve", "latency"),
+    ("bench", "bench_speech", "verify", "serve", "latency"),
     ("quickstart",),
     ("compare", "reproduce"),
     ("export", "report"),

@@ -16,13 +16,15 @@ from tiny_speech import HOSTS, MOONSHINE, SIZES, _ctc
 import acmize
 from acmize import AcmizeError
 from acmize.api import convert, evaluate_saved
-from acmize.audio import buckets, open_audio
+from acmize.audio import JoinedAudio, buckets, open_audio
 from acmize.evaluate_speech import error_rates, normalise, silent_frames
 from acmize.gates import choosing, full_width, record
 from acmize.hf_models import Processor
 from acmize.inputs import Inputs, forward
 from acmize.models import load_model
+from acmize.recipe import resolve
 from acmize.site_times import SiteTime
+from acmize.speech import Speech
 
 OPTIONS: dict[str, Any] = {
     "budget": 0.9,
@@ -102,6 +104,23 @@ def test_broken_audio_is_named(recordings: Path, tmp_path: Path) -> None:
         rows.audio(rows.split("train"), "train", 8000)[0]
     with pytest.raises(AcmizeError, match="no test split"):
         rows.split("test")
+
+
+def test_sets_joined_keep_their_keys(recordings: Path) -> None:
+    splits = open_audio(recordings)
+    train, test = (splits.audio(splits.split(name), name, 8_000) for name in ("train", "test"))
+    joined = JoinedAudio(test, train)
+    assert len(joined) == 13
+    assert [joined[i].key for i in (0, 3, 4, 12)] == [("test", 0), ("test", 3), ("train", 0), ("train", 8)]
+    assert torch.equal(joined[4].wave, train[0].wave)
+    assert joined.seconds() == [*test.seconds(), *train.seconds()]
+
+
+def test_few_recordings_held_out_are_not_all_that_budgets_are_calibrated_on(saved: Path, recordings: Path) -> None:
+    model: Any = load_model(str(saved))
+    few = Speech(str(recordings), model, resolve(OPTIONS))
+    assert (len(few.held), len(few.calibration)) == (3, 9)
+    assert {few.calibration[i].key for i in range(3)} == {("held out", i) for i in range(3)}
 
 
 def test_images_are_no_audio() -> None:
@@ -209,8 +228,15 @@ def test_commands(saved: Path, recordings: Path, tmp_path: Path, run_command: An
     assert "WER" in told.out
     status, told = run_command("eval", tmp_path / "out", "--data", recordings, "--budget", 0.9, "--json")
     assert json.loads(told.out)["results"][0]["budget"] == 0.9
-    status, told = run_command("verify", tmp_path / "out")
-    assert (status, "a speech model" in told.err) == (2, True)
+    words = ["--data", recordings, "--weights", saved, "--no-compile", "--json"]
+    status, told = run_command("verify", tmp_path / "out", *words)
+    found = json.loads(told.out)
+    assert (status, found["ok"], found["inputs"]) == (0, True, "recordings"), told.out
+    assert {c["check"] for c in found["checks"]} >= {"sorted", "sorted, alone", "saved and loaded", "dense"}
+    words = ["--data", recordings, "--limit", 3, "--repeats", 1, "--batch-size", 2, "--budget", 0.9]
+    status, told = run_command("bench", tmp_path / "out", *words)
+    shown = "".join(told.out.split())
+    assert (status, "GMACsasecondofaudio" in shown, "timesasfast" in shown) == (0, True, True)
 
 
 # --- loading --------------------------------------------------------------------------------------------------
