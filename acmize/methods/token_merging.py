@@ -46,12 +46,12 @@ class MergeHook:
 
     Args:
         state: shared by the hooks of a model.
-        r: pairs merged before this block.
+        r: pairs merged before this block; a tensor () where a program is exported that computes it (`export`).
         prefix: tokens at the front that are never merged.
         first: this is the first block, where every size is one again.
     """
 
-    def __init__(self, state: MergeState, r: int, prefix: int, first: bool) -> None:
+    def __init__(self, state: MergeState, r: int | Tensor, prefix: int, first: bool) -> None:
         self.state, self.r, self.prefix, self.first = state, r, prefix, first
 
     def __call__(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -59,11 +59,12 @@ class MergeHook:
         x = args[0]
         if self.first:
             self.state.sizes = None
-        if self.r:
+        if isinstance(self.r, Tensor) or self.r:
             sizes = self.state.sizes
             if sizes is None:
                 sizes = x.new_ones(x.shape[:2])
-            x, self.state.sizes = merge(x, sizes, self.r, self.prefix)
+            run = torch.ops.acmize.merge if isinstance(self.r, Tensor) else merge
+            x, self.state.sizes = run(x, sizes, self.r, self.prefix)
         if self.state.sizes is not None:
             kwargs = {**kwargs, "attn_mask": self.state.sizes.log()[:, None, None, :].to(x.dtype)}
         return (x, *args[1:]), kwargs
@@ -105,6 +106,19 @@ def merge(x_BTD: Tensor, sizes_BT: Tensor, r: int, prefix: int) -> tuple[Tensor,
     merged.flatten(0, 1).index_add_(0, target, moved.flatten(0, 1))
     merged[:, front:] /= new_sizes[:, front:, None]
     return merged, new_sizes
+
+
+@torch.library.custom_op("acmize::merge", mutates_args=())
+def _merge_op(x: Tensor, sizes: Tensor, r: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """`merge` by a number that is known at run time alone; new tensors, as an operator's outputs have to be."""
+    pairs = int(r)
+    return merge(x, sizes, pairs, prefix) if pairs > 0 else (x.clone(), sizes.clone())
+
+
+@torch.library.register_fake("acmize::merge")
+def _(x: Tensor, sizes: Tensor, r: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    tokens = torch.library.get_ctx().new_dynamic_size(min=2)
+    return x.new_empty(x.shape[0], tokens, x.shape[2]), sizes.new_empty(x.shape[0], tokens)
 
 
 def _rows(x_BTD: Tensor, index_BK: Tensor) -> Tensor:
