@@ -77,7 +77,7 @@ def contract(h: Value, weight: Value, table: Value, choice: Value, bounds: Seque
         def block(number: int) -> tuple[Value, Value]:
             lo, hi = blocks[number]
             count = sorted_by.running(bounds, lo)
-            part = op.Reshape(op.Slice(_head(rows, count), [lo], [hi], [2]), [0, -1])
+            part = op.Reshape(op.Slice(_head(rows, count), [lo], [hi], [2]), [0, heads * (hi - lo)])
             part = _masked(part, _head(sorted_by.choice, count), bounds, heads, lo, hi)
             return op.MatMul(part, parts[number]), count
 
@@ -215,12 +215,13 @@ def _blocks(bounds: Sequence[int], heads: int) -> list[tuple[int, int]]:
 def _masked(h: Value, choice: Value, bounds: Sequence[int], heads: int, lo: int = 0, hi: int | None = None) -> Value:
     """H (M, H * (hi - lo)) with zeros where a token does not run a unit."""
     if hi is not None and list(bounds).index(hi) == list(bounds).index(lo) + 1:
-        return h  # a single learner: whoever is here runs it
+        return h  # a single learner: whoever is here runs it; there may be nobody, so no size below is left open
     units = np.arange(lo, bounds[-1] if hi is None else hi)
     mask = op.Gather(_array((units < np.asarray(bounds)[:, None]).astype(np.float32)), choice)
     if heads == 1:
         return op.Mul(h, mask)
-    return op.Reshape(op.Mul(op.Reshape(h, [0, heads, -1]), op.Unsqueeze(mask, [1])), [0, heads * len(units)])
+    apart = op.Mul(op.Reshape(h, [0, heads, len(units)]), op.Unsqueeze(mask, [1]))
+    return op.Reshape(apart, [0, heads * len(units)])
 
 
 def _summed(parts: Sequence[tuple[Value, Value]], tokens: Value) -> Value:
@@ -298,7 +299,7 @@ def merge(x: Value, sizes: Value, r: Value, prefix: int) -> tuple[Value, Value]:
     stayed = op.ScatterElements(op.Expand(_int(1), op.Shape(cost)), gone, op.Expand(_int(0), op.Shape(gone)), axis=1)
     samples = op.Shape(x, start=0, end=1)
     left = op.Sub(op.Shape(cost, start=1, end=2), op.Reshape(r, [1]))
-    stays = op.Reshape(op.Gather(op.NonZero(stayed), _int(1)), op.Concat(samples, left, axis=0))
+    stays = op.Reshape(op.Gather(op.NonZero(stayed), _int(1)), op.Concat(samples, left, axis=0), allowzero=1)
     first = op.Mul(op.Range(_int(0), op.Squeeze(samples), _int(1)), op.Squeeze(op.Shape(cost, start=1, end=2)))
     flat_a = op.Reshape(a, [-1, _width(x)])
 
