@@ -1,4 +1,4 @@
-"""The command line: plan, convert, eval, bench, verify, quickstart, and those of cli_saved.py.
+"""The command line: plan, convert, eval, bench, verify, export, quickstart, and those of cli_saved.py.
 
 Tables; `--json` for programs.
 Exit status: 0 done; 1 done, but a budget was missed or a check failed; 2 something the user can mend, said on one line;
@@ -459,6 +459,20 @@ def print_checks(found: dict[str, Any]) -> None:
         table.add_row(c["check"], c["what"], *numbers, "yes" if c["ok"] else "NO", c["note"])
     out.print(table)
     out.print(f"{found['samples']} samples of {found['inputs']} on {found['device']}", highlight=False)
+
+
+@app.command("export")
+def export_(
+    source: Annotated[str, typer.Argument(metavar="DIR", help="folder or Hub repository of an adaptive model")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="the file: .onnx, or .pt2")],
+    format: Annotated[str, typer.Option(help="onnx, onnx-int8, torch-export or aoti")] = "onnx",
+) -> None:
+    """One file for other runtimes, with the budget as an input."""
+    from acmize.export import export
+    from acmize.hub import from_pretrained
+
+    path = export(from_pretrained(source), output, format)
+    out.print(f"wrote {path}: inputs x and budget, {path.stat().st_size / 1e6:.1f} MB", highlight=False)
 
 
 # --- options --------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -124,8 +125,8 @@ class Gate(nn.Module):
         """X (..., D) -> (..., G, N + 1): the choice of least energy is taken."""
         raise TypeError(f"{type(self).__name__} has no energies")
 
-    def price_at(self, dial: float) -> float:
-        """The price at a position of the dial: 0 (most compute) to 1 (least)."""
+    def price_at(self, dial: Any) -> Any:
+        """The price at a position of the dial, a number or a tensor: 0 (most compute) to 1 (least)."""
         raise TypeError(f"{type(self).__name__} has no dial")
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Decision:
@@ -203,7 +204,7 @@ class DamageGate(Gate):
         """Damage plus price times cost; more learners never count as more damage."""
         log_damage = self.log_damage(x)
         if self.num_learners > 1:
-            log_damage = log_damage.flip(-1).cummax(-1)[0].flip(-1)
+            log_damage = largest_from_here(log_damage)
         return F.pad(log_damage.exp(), (0, 1)) + self.price * self.cost
 
     def soft_scores(self, energy: Tensor) -> Tensor:
@@ -216,10 +217,11 @@ class DamageGate(Gate):
         self.fc2 = leading_outputs(self.fc2, self.groups, choice)
         super().narrow_(choice)
 
-    def price_at(self, dial: float) -> float:
+    def price_at(self, dial: Any) -> Any:
         """Logarithmic: damage spans many orders of magnitude."""
         low, high = map(math.log, self.dial_range)
-        return math.exp(low + dial * (high - low))
+        price = low + dial * (high - low)
+        return price.exp() if isinstance(price, Tensor) else math.exp(price)
 
 
 class ClassificationGate(Gate):
@@ -243,7 +245,7 @@ class ClassificationGate(Gate):
         """Negative log probability plus the price of the share of the site's own work."""
         return -self.logits(x).log_softmax(-1) + self.price * self.cost / self.cost[:, -1:]
 
-    def price_at(self, dial: float) -> float:
+    def price_at(self, dial: Any) -> Any:
         """Linear and signed: 0.5 is the gate as trained."""
         low, high = self.dial_range
         return low + dial * (high - low)
@@ -251,6 +253,14 @@ class ClassificationGate(Gate):
     def _straight_through(self, energy: Tensor) -> Decision:
         noise = -torch.empty_like(energy).exponential_().log()
         return super()._straight_through(energy - noise)
+
+
+def largest_from_here(x: Tensor) -> Tensor:
+    """X (..., N) -> the largest of x[n], ..., x[N - 1] at each place n."""
+    if not torch.compiler.is_exporting():
+        return x.flip(-1).cummax(-1)[0].flip(-1)
+    rows = F.pad(x.flatten(0, -2)[:, None], (0, x.shape[-1] - 1), value=-math.inf)  # ONNX knows no cummax
+    return F.max_pool1d(rows, x.shape[-1], stride=1).reshape(x.shape)
 
 
 def leading_outputs(layer: nn.Linear, groups: int, count: int) -> nn.Linear:

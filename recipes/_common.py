@@ -214,7 +214,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        print('no plot: it needs matplotlib; pip install "acmize[report]"')
+        print("no plot: it needs matplotlib; pip install matplotlib")
         return None
     matplotlib.use("Agg")
     from matplotlib import pyplot

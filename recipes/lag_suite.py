@@ -18,7 +18,7 @@ Protocol:  25 epochs as published (AdamW 1e-3, cosine, batch 128, crops and flip
 Seed:      --seed.
 Versions:  in results.json.
 
-Result:    docs/results.md, "CNN backbones"; plots need `pip install "acmize[report]"`.
+Result:    docs/results.md, "CNN backbones"; plots need matplotlib.
 """
 
 from __future__ import annotations

@@ -56,12 +56,12 @@ class MergeHook:
 
     Args:
         state: shared by the hooks of a model.
-        r: pairs merged before this block.
+        r: pairs merged before this block; a tensor () where a program is exported that computes it (`export`).
         prefix: tokens at the front that are never merged.
         first: this is the first block, where every size is one again.
     """
 
-    def __init__(self, state: MergeState, r: int, prefix: int, first: bool) -> None:
+    def __init__(self, state: MergeState, r: int | Tensor, prefix: int, first: bool) -> None:
         self.state, self.r, self.prefix, self.first = state, r, prefix, first
 
     def __call__(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -69,16 +69,18 @@ class MergeHook:
         x = args[0]
         if self.first:
             self.state.sizes = None
-        trace = self.state.trace
-        if self.r or trace is not None:
+        known, trace = not isinstance(self.r, Tensor), self.state.trace
+        if not known or self.r or trace is not None:
             sizes = self.state.sizes
             if sizes is None:
                 sizes = x.new_ones(x.shape[:2])
             if trace is not None:
-                moved = places(x, sizes, self.r, self.prefix)
+                moved = places(x, sizes, int(self.r), self.prefix)
                 trace.append(moved if self.first else moved.gather(1, trace[-1]))
-            if self.r:
-                x, self.state.sizes = merge(x, sizes, self.r, self.prefix)
+            if not known:
+                x, self.state.sizes = torch.ops.acmize.merge(x, sizes, self.r, self.prefix)
+            elif self.r:
+                x, self.state.sizes = merge(x, sizes, int(self.r), self.prefix)
         if self.state.sizes is not None:
             kwargs = {**kwargs, "attn_mask": self.state.sizes.log()[:, None, None, :].to(x.dtype)}
         return (x, *args[1:]), kwargs
@@ -138,6 +140,19 @@ def _pairs(x_BTD: Tensor, sizes_BT: Tensor, r: int, prefix: int) -> tuple[Tensor
     return prefix + 2 * gone, kept, into
 
 
+@torch.library.custom_op("acmize::merge", mutates_args=())
+def _merge_op(x: Tensor, sizes: Tensor, r: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """`merge` by a number that is known at run time alone; new tensors, as an operator's outputs have to be."""
+    pairs = int(r)
+    return merge(x, sizes, pairs, prefix) if pairs > 0 else (x.clone(), sizes.clone())
+
+
+@torch.library.register_fake("acmize::merge")
+def _(x: Tensor, sizes: Tensor, r: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    tokens = torch.library.get_ctx().new_dynamic_size(min=2)
+    return x.new_empty(x.shape[0], tokens, x.shape[2]), sizes.new_empty(x.shape[0], tokens)
+
+
 def _rows(x_BTD: Tensor, index_BK: Tensor) -> Tensor:
     """Tokens of each sample: (B, K, D). One selection of rows is several times faster than `gather` on the CPU."""
     return x_BTD.flatten(0, 1).index_select(0, _flat(index_BK, x_BTD.shape[1])).unflatten(0, index_BK.shape)
@@ -174,7 +189,7 @@ def set_schedule(model: Any, schedule: Sequence[int]) -> None:
 
 def schedule_of(model: Any) -> tuple[int, ...]:
     """The schedule in force; empty where nothing is merged."""
-    schedule = tuple(hook.r for hook in hooks_of(model))
+    schedule = tuple(int(hook.r) for hook in hooks_of(model))
     return schedule if any(schedule) else ()
 
 
