@@ -42,10 +42,10 @@ class Processor:
 
 
 def is_folder(name: str | Path) -> bool:
-    """Whether a folder holds a model as transformers saves it."""
+    """Whether a folder holds a model as transformers saves it, and none of ours."""
     config = Path(name) / "config.json"
     found = read_json(config) if config.is_file() else None
-    return isinstance(found, dict) and "model_type" in found
+    return isinstance(found, dict) and "model_type" in found and "acmize" not in found
 
 
 def load(name: str | Path) -> nn.Module:

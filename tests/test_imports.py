@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "acmize"
 # Lowest first. Modules of one row may import each other as long as no circle arises; each row may import
 # the rows before it. A package (methods, phases, kernels) stands for all its modules.
 ORDER = (
-    ("__about__", "errors", "environment"),
+    ("__about__", "errors", "environment", "after"),
     ("registry",),
     ("kernels",),
     ("inputs", "padding"),
@@ -38,7 +38,7 @@ ORDER = (
     ("recipe",),
     ("images", "speech"),
     ("evaluate", "evaluate_speech"),
-    ("hub",),
+    ("hub", "timm_entry", "hf_entry"),
     ("api",),
     ("bench", "verify", "serve", "latency"),
     ("quickstart",),
