@@ -1,8 +1,9 @@
 """acmize turns a pretrained model into one that spends compute only where the input needs it."""
 
-import acmize.auto
-import acmize.cifar_models  # registers models with timm
+import acmize.cifar_models
+import acmize.timm_entry  # noqa: F401 - both register models with timm
 from acmize.__about__ import __version__
+from acmize.after import after
 from acmize.errors import AcmizeError
 from acmize.methods.acm import AcmConfig
 from acmize.plan import Plan, PlanEntry, Site
@@ -19,8 +20,7 @@ _LAZY = {
 }
 __all__ = ["AcmConfig", "AcmizeError", "Plan", "PlanEntry", "Site", "__version__", *_LAZY]
 
-
-acmize.auto.install()
+after("transformers.models.auto.modeling_auto", then="acmize.hf_entry")
 
 
 def __getattr__(name: str) -> object:

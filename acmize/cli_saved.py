@@ -1,4 +1,4 @@
-"""Commands that judge and show a saved model: `acmize report`, `acmize compare`, `acmize reproduce`."""
+"""Commands that judge, show and publish a saved model: report, compare, reproduce, push."""
 
 from __future__ import annotations
 
@@ -150,3 +150,15 @@ def print_reproduction(found: dict[str, Any]) -> None:
         out.print(f"{d['name']}: published {d['published']}, here {d['here']}", highlight=False)
     for note in found["notes"]:
         out.print(f"note: {note}", highlight=False)
+
+
+@app.command()
+def push(
+    source: Source,
+    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="repository; made where there is none")],
+    private: Annotated[bool, typer.Option("--private", help="make a private one")] = False,
+) -> None:
+    """Publish a saved model on the Hugging Face Hub, with the token of `hf auth login` or of HF_TOKEN."""
+    from acmize.hub import from_pretrained, push_to_hub
+
+    out.print(push_to_hub(from_pretrained(source), repo_id, private=private), highlight=False)

@@ -13,7 +13,6 @@ from acmize.checkpoint import read_json
 from acmize.errors import AcmizeError
 from acmize.hosts_speech import is_speech
 
-MODEL_TYPE = "acmize"  # of a saved adaptive model, for the Auto classes of transformers
 # Never taken from a file: what says where code or weights come from.
 DROPPED = ("auto_map", "custom_pipelines", "_name_or_path", "trust_remote_code", "quantization_config")
 
@@ -43,10 +42,10 @@ class Processor:
 
 
 def is_folder(name: str | Path) -> bool:
-    """Whether a folder holds a dense model as transformers saves it."""
+    """Whether a folder holds a model as transformers saves it, and none of ours."""
     config = Path(name) / "config.json"
     found = read_json(config) if config.is_file() else None
-    return isinstance(found, dict) and found.get("model_type", MODEL_TYPE) != MODEL_TYPE
+    return isinstance(found, dict) and "model_type" in found and "acmize" not in found
 
 
 def load(name: str | Path) -> nn.Module:

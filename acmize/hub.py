@@ -8,6 +8,7 @@ network nor the base weights.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from acmize.plan import Plan
 
 SCHEMA = 1
 FILES = ("config.json", "plan.json", "model.safetensors")
+ARCHITECTURE, MODEL_TYPE = "acmize_adaptive", "acmize"  # by which timm and transformers know a saved folder
+HERE = "THIS REPOSITORY OR FOLDER"
 
 
 class Adaptive:
@@ -118,21 +121,19 @@ def base_of(model: nn.Module, kwargs: dict[str, Any] | None = None) -> dict[str,
 # --- saving ---------------------------------------------------------------------------------------------------
 
 
-def save_pretrained(model: Any, folder: str | Path) -> Path:
-    """See `Adaptive.save_pretrained`."""
+def save_pretrained(model: Any, folder: str | Path, repo_id: str = HERE) -> Path:
+    """See `Adaptive.save_pretrained`; `repo_id` is what the model card calls the model by."""
     folder = Path(folder)
     check_replaceable(folder)
     with atomic_dir(folder) as new:
-        told = {"schema": SCHEMA, "acmize": __about__.__version__, "budget": model.budget, "base": model.base}
-        if model.base["library"] == "transformers":
-            told["model_type"] = hf_models.MODEL_TYPE
-        write_json(new / "config.json", told)
+        config = {"schema": SCHEMA, "acmize": __about__.__version__, "budget": model.budget, "base": model.base}
+        write_json(new / "config.json", {**config, **_for_others(model.base)})
         plan = {"plan": model.plan.to_dict(), "calibration": model.calibration.to_dict()}
         write_json(new / "plan.json", plan)
         write_json(new / "results.json", model.results)
         write_json(new / "recipe.json", model.recipe)
         save_tensors(new / "model.safetensors", model.state_dict())
-        (new / "README.md").write_text(model_card(model), encoding="utf-8")
+        (new / "README.md").write_text(model_card(model, repo_id), encoding="utf-8")
         if (processor := getattr(model, "processor", None)) is not None:
             processor.save(new)
         if (generation := getattr(model, "generation_config", None)) is not None:
@@ -143,6 +144,18 @@ def save_pretrained(model: Any, folder: str | Path) -> Path:
                 copy = shutil.copytree if other.is_dir() else shutil.copy2  # a .git, a report: not ours to throw away
                 copy(other, new / other.name)
     return folder
+
+
+def _for_others(base: dict[str, Any]) -> dict[str, Any]:
+    """What timm and transformers read of a config.json, where they can load the model; acmize reads its base."""
+    if base["library"] == "transformers":
+        return {"model_type": MODEL_TYPE}
+    if base["library"] != "timm":
+        return {}
+    cfg = {key: value for key, value in base["pretrained_cfg"].items() if key not in ("tag", "license")}
+    classes = base["kwargs"].get("num_classes", cfg.get("num_classes"))
+    known = {} if classes is None else {"num_classes": classes}
+    return {"architecture": ARCHITECTURE, "model_type": MODEL_TYPE, **known, "pretrained_cfg": cfg}
 
 
 def check_replaceable(folder: str | Path) -> None:
@@ -163,28 +176,62 @@ def check_replaceable(folder: str | Path) -> None:
         raise AcmizeError(f"output {folder}: {parent} is no folder that can be written to; choose another one")
 
 
-def model_card(model: Any) -> str:
+def model_card(model: Any, repo_id: str = HERE) -> str:
     """A Hugging Face model card with the measured table and how to load the model."""
-    base = model.base
-    name = base["architecture"]
-    task = "automatic-speech-recognition" if base["library"] == "transformers" else "image-classification"
-    meta = ["---", "library_name: acmize", "tags: [acmize, adaptive-computation]", f"pipeline_tag: {task}"]
-    if base["pretrained_cfg"].get("license"):
-        meta.append(f"license: {base['pretrained_cfg']['license']}")
-    meta += [f"base_model: timm/{name}" if base["library"] == "timm" else f"# base: {name}", "---"]
-    text = [*meta, "", f"# {name}, adaptive", ""]
+    name = model.base["architecture"]
     made = f"{name} made adaptive with acmize {__about__.__version__}"
+    text = ["---", card_data(model), "---", "", f"# {name}, adaptive", ""]
     text += [f"{made}: every input runs only the part of it that it needs.", ""]
-    text += ["```python", "import acmize", "", 'model = acmize.from_pretrained("THIS REPOSITORY OR FOLDER")']
+    text += ["```python", "import acmize", "", f'model = acmize.from_pretrained("{repo_id}")']
     text += ["model.set_budget(0.6)", "```", ""]
     if model.results.get("results"):
         text += [*results_table(model.results), ""]
-        data, seed = model.recipe.get("data", "?"), model.recipe.get("seed", "?")
+        data, seed = _data_name(model), model.recipe.get("seed", "?")
         text += [f"Measured on {model.results.get('samples', '?')} test samples of `{data}`, seed {seed}.", ""]
     if "latency" in model.results:
         text += [*latency_table(model.results["latency"]), ""]
     text += ["Budget: mean executed MACs of the whole model, gates included, over the dense model's MACs.", ""]
     return "\n".join(text)
+
+
+def card_data(model: Any) -> str:
+    """The metadata of a model card, with the measured results in the schema of the Hub, as YAML."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    base, results, data = model.base, model.results, _data_name(model)
+    of_timm, cfg = base["library"] == "timm", base["pretrained_cfg"]
+    task = "automatic-speech-recognition" if base["library"] == "transformers" else "image-classification"
+    metric = "wer" if "wer" in results.get("dense", {}) else "accuracy"
+    rows = [
+        EvalResult(
+            task_type=task,
+            dataset_type=data,
+            dataset_name=data,
+            dataset_split=results.get("split"),
+            metric_type=metric,
+            metric_value=round(row[metric], 4),
+            metric_name=f"{metric} at budget {row['budget']:g} ({row['macs_ratio']:.3f} of the dense MACs)",
+        )
+        for row in results.get("results", [])
+        if row.get(metric) is not None
+    ]
+    made = ModelCardData(
+        library_name="acmize",
+        tags=["acmize", "adaptive-computation"],
+        pipeline_tag=task,
+        license=cfg.get("license"),
+        base_model=f"timm/{base['architecture']}{'.' + cfg['tag'] if cfg.get('tag') else ''}" if of_timm else None,
+        datasets=[data] if data.count("/") == 1 else None,  # only a repository has a page to point at
+        model_name=f"{base['architecture']}, adaptive",
+        eval_results=rows or None,
+    )
+    return made.to_yaml().strip()
+
+
+def _data_name(model: Any) -> str:
+    """What the data are called: a repository's id as it is, a folder by its name alone."""
+    given = str(model.recipe.get("data") or "unnamed")
+    return given if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", given) and not Path(given).exists() else Path(given).name
 
 
 def results_table(results: dict[str, Any]) -> list[str]:
@@ -215,33 +262,64 @@ def latency_table(found: dict[str, Any]) -> list[str]:
 
 
 def push_to_hub(model: Any, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-    """See `Adaptive.push_to_hub`."""
+    """See `Adaptive.push_to_hub`.
+
+    All files go into one commit: an upload that is interrupted publishes nothing, and can be repeated.
+
+    Raises:
+        AcmizeError: no access, no network, a name that the Hub refuses.
+    """
     import tempfile
 
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, Path(folder) / "model")
-        return str(api.upload_folder(repo_id=repo_id, folder_path=f"{folder}/model"))
+        saved = save_pretrained(model, Path(folder) / "model", repo_id)
+        files = [CommitOperationAdd(path.name, path) for path in sorted(saved.iterdir())]
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            # Not upload_folder: it may split a folder into several commits, and stop between two of them.
+            made = api.create_commit(repo_id, files, commit_message=f"acmize {__about__.__version__}")
+        except Exception as error:  # any kind: of the client, of its HTTP library, of its threads
+            raise AcmizeError(
+                f"{repo_id}: cannot be uploaded ({_first_line(error)}); nothing was published. Check the name, the "
+                "network and the token (hf auth login, or HF_TOKEN), and repeat"
+            ) from error
+    return str(made)
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says, and what the first of those behind it says."""
+    first, root = error, error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    told = [(str(e).strip().splitlines() or [type(e).__name__])[0] for e in (first, root)]
+    return ": ".join(dict.fromkeys(told))
 
 
 # --- loading --------------------------------------------------------------------------------------------------
 
 
-def from_pretrained(source: str | Path, *, model: nn.Module | None = None, revision: str | None = None) -> Any:
+def from_pretrained(
+    source: str | Path,
+    *,
+    model: nn.Module | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Any:
     """An adaptive model from a folder or a Hub repository, in eval mode, at the budget it was saved with.
 
     Args:
         source: folder written by `save_pretrained`, or a repository id.
         model: the dense module, freshly built, where timm cannot build it; its weights are replaced.
-        revision: of the repository.
+        revision: branch, tag or commit of the repository.
+        token: for a private or gated repository; by default the one that is logged in, or HF_TOKEN.
 
     Raises:
         AcmizeError: a file is missing, damaged or tampered with, or the weights do not fit the plan.
     """
-    folder = _local(source, revision)
+    folder = _local(source, revision, token)
     config, stored = read_json(folder / "config.json"), read_json(folder / "plan.json")
     if not isinstance(config, dict) or type(config.get("schema")) is not int or config.get("schema") != SCHEMA:
         found = config.get("schema") if isinstance(config, dict) else type(config).__name__
@@ -324,7 +402,7 @@ def _calibration(d: dict[str, Any]) -> Calibration:
     return made
 
 
-def _local(source: str | Path, revision: str | None) -> Path:
+def _local(source: str | Path, revision: str | None, token: str | None) -> Path:
     folder = Path(source)
     if not folder.is_dir():
         if folder.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/")):
@@ -332,14 +410,16 @@ def _local(source: str | Path, revision: str | None) -> Path:
                 f"{source}: no such folder; give a folder written by acmize or a Hub repository USER/NAME"
             )
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
             patterns = ["*.json", "model.safetensors"]
-            folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            first = str(error).splitlines()[0]
-            raise AcmizeError(f"{source}: neither a folder here nor to be had from the Hub ({first})") from None
+            found = snapshot_download(str(source), revision=revision, allow_patterns=patterns, token=token)
+        except Exception as error:  # any kind: of the client, of its HTTP library, of its threads
+            raise AcmizeError(
+                f"{source}: neither a folder here nor to be had from the Hub ({_first_line(error)}); check the name, "
+                "the revision, the network and the token"
+            ) from None
+        folder = Path(found)
     for name in FILES:
         if not (folder / name).is_file():
             raise AcmizeError(f"{folder}: {name} is missing; expected a folder written by acmize save_pretrained")

@@ -90,6 +90,8 @@ def _folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     name = config.get("architecture") if isinstance(config, dict) else None
     if not isinstance(name, str):
         raise AcmizeError(f"{folder}/config.json: found no architecture of timm; give a timm name and --weights FILE")
+    if "acmize" in config:
+        raise AcmizeError(f"model {folder}: is converted already; give the dense model, or use acmize.from_pretrained")
     args, cfg = config.get("model_args") or {}, config.get("pretrained_cfg") or {}
     if not isinstance(args, dict) or not isinstance(cfg, dict):
         raise AcmizeError(f"{folder}/config.json: model_args or pretrained_cfg is damaged; restore the file")

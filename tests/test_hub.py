@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from short import converted, same_state
 from torch import nn
 
+from acmize.after import after
 from acmize.errors import AcmizeError
 from acmize.hosts import make_plan
 from acmize.hub import Adaptive, base_of, from_pretrained, make_adaptive, save_pretrained
@@ -93,6 +94,80 @@ def test_a_new_process_needs_neither_network_nor_data_nor_weights(saved: Path, t
         env={**os.environ, "HOME": str(tmp_path)},
     )  # fmt: skip
     assert done.stdout.split("\n")[0] == "(2, 10) True", done.stderr
+
+
+AUTO = "from transformers import AutoModelForImageClassification as Auto"
+LOADERS = {
+    "timm": "import acmize, timm; m = timm.create_model('local-dir:m', pretrained=True)",
+    "transformers first": f"{AUTO}; import acmize; m = Auto.from_pretrained('m')",
+    "transformers last": f"import acmize; {AUTO}; m = Auto.from_pretrained('m')",
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_new_process_loads_it_by_the_library_of_its_base(
+    model: Any, saved: Path, images: torch.Tensor, tmp_path: Path, loader: str
+) -> None:
+    shutil.copytree(saved, tmp_path / "m")
+    code = (
+        f"{LOADERS[loader]}\n"
+        "import torch; from acmize.quickstart_model import digits\n"
+        "torch.set_num_threads(1); m.set_budget(0.6)\n"
+        "with torch.no_grad(): y = m(digits('test')[0][:32])\n"
+        "y = getattr(y, 'logits', y)\n"
+        "print(m.training, y.double().numpy().tobytes().hex())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    training, bits = done.stdout.split()
+    mine = copy.deepcopy(model)
+    mine.set_budget(0.6)
+    with torch.no_grad():
+        assert bytes.fromhex(bits) == mine(images).double().numpy().tobytes()
+    assert training == "False"
+
+
+def test_by_transformers_it_has_a_loss_and_is_saved_as_ever(saved: Path, images: torch.Tensor, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageClassification
+
+    loaded: Any = AutoModelForImageClassification.from_pretrained(saved)
+    labels = torch.arange(len(images)) % 10
+    out = loaded(images, labels=labels)
+    assert torch.equal(out.loss, nn.functional.cross_entropy(out.logits, labels))
+    assert loaded.config.num_labels == 10
+    loaded.save_pretrained(tmp_path / "again")
+    assert (saved / "config.json").read_bytes() == (tmp_path / "again" / "config.json").read_bytes()
+
+
+def test_timm_takes_no_options_for_it(saved: Path) -> None:
+    with pytest.raises(AcmizeError, match=r"drop_rate: found an option, expected none; convert"):
+        timm.create_model(f"local-dir:{saved}", drop_rate=0.1)
+    with pytest.raises(AcmizeError, match="found no source"):
+        timm.create_model("acmize_adaptive")
+
+
+def test_a_converted_model_is_not_converted_again(saved: Path) -> None:
+    with pytest.raises(AcmizeError, match="is converted already; give the dense model"):
+        load_model(str(saved))
+
+
+def test_after_waits_for_a_module_and_no_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in (("first_one", ""), ("second_one", "import first_one; first_one.seen = True")):
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = list(sys.meta_path)
+    after("first_one", then="second_one")
+    assert "second_one" not in sys.modules
+    import first_one  # pyright: ignore[reportMissingImports]
+
+    assert first_one.seen
+    assert sys.meta_path == before
+    del sys.modules["second_one"], first_one.seen
+    after("first_one", then="second_one")
+    assert first_one.seen
 
 
 def test_deepcopies_are_independent(model: Any, images: torch.Tensor) -> None:
@@ -236,25 +311,6 @@ def test_a_full_disk(model: Any, folder: Path, tmp_path: Path, monkeypatch: pyte
             save_pretrained(model, target)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == [folder.name]
-
-
-def test_push_to_hub(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-
-    class Api:
-        def __init__(self, token: str | None = None) -> None:
-            calls.append(token)
-
-        def create_repo(self, repo_id: str, **options: Any) -> None:
-            calls.append((repo_id, options))
-
-        def upload_folder(self, *, repo_id: str, folder_path: str) -> str:
-            calls.append((repo_id, {p.name for p in Path(folder_path).iterdir()}))
-            return "https://hub/commit"
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    assert model.push_to_hub("me/model", private=True, token="t") == "https://hub/commit"
-    assert calls == ["t", ("me/model", {"private": True, "exist_ok": True}), ("me/model", FILES)]
 
 
 def test_from_the_hub(saved: Path, monkeypatch: pytest.MonkeyPatch, images: torch.Tensor, model: Any) -> None:

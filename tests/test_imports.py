@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "acmize"
 # Lowest first. Modules of one row may import each other as long as no circle arises; each row may import
 # the rows before it. A package (methods, phases, kernels) stands for all its modules.
 ORDER = (
-    ("__about__", "errors", "environment", "interrupt"),
+    ("__about__", "errors", "environment", "interrupt", "after"),
     ("registry",),
     ("kernels",),
     ("inputs", "padding"),
@@ -38,8 +38,7 @@ ORDER = (
     ("recipe",),
     ("images", "speech", "speech_training"),
     ("evaluate", "evaluate_speech"),
-    ("hub",),
-    ("auto",),
+    ("hub", "timm_entry", "hf_entry"),
     ("api",),
     ("bench", "bench_speech", "verify", "serve", "latency"),
     ("quickstart",),
