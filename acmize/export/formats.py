@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,9 @@ def _need_onnx() -> None:
 def _torch_export(model: Any, path: Path) -> None:
     import torch
 
-    torch.export.save(trace(model), path)
+    with warnings.catch_warnings():  # the memory of `Contract.weight` is transposed; it is saved and read as it is
+        warnings.filterwarnings("ignore", "No complete tensor found in the group", UserWarning)
+        torch.export.save(trace(model), path)
 
 
 def _aoti(model: Any, path: Path) -> None:
