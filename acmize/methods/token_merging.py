@@ -63,7 +63,7 @@ class MergeHook:
             sizes = self.state.sizes
             if sizes is None:
                 sizes = x.new_ones(x.shape[:2])
-            run = torch.ops.acmize.merge if isinstance(self.r, Tensor) else merge
+            run: Any = torch.ops.acmize.merge if isinstance(self.r, Tensor) else merge
             x, self.state.sizes = run(x, sizes, self.r, self.prefix)
         if self.state.sizes is not None:
             kwargs = {**kwargs, "attn_mask": self.state.sizes.log()[:, None, None, :].to(x.dtype)}
@@ -157,7 +157,7 @@ def set_schedule(model: Any, schedule: Sequence[int]) -> None:
 
 def schedule_of(model: Any) -> tuple[int, ...]:
     """The schedule in force; empty where nothing is merged."""
-    schedule = tuple(hook.r for hook in hooks_of(model))
+    schedule = tuple(int(hook.r) for hook in hooks_of(model))
     return schedule if any(schedule) else ()
 
 
