@@ -465,7 +465,7 @@ def print_checks(found: dict[str, Any]) -> None:
 def export_(
     source: Annotated[str, typer.Argument(metavar="DIR", help="folder or Hub repository of an adaptive model")],
     output: Annotated[Path, typer.Option("-o", "--output", help="the file: .onnx, or .pt2")],
-    format: Annotated[str, typer.Option(help="onnx, onnx-int8, torch-export or aoti")] = "onnx",
+    format: Annotated[str, typer.Option(help="onnx, onnx-int8 or torch-export")] = "onnx",
 ) -> None:
     """One file for other runtimes, with the budget as an input."""
     from acmize.export import export

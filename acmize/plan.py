@@ -205,6 +205,7 @@ class Merging:
         def saved(total: int) -> int:
             return self._saved(self._spread(total, budget), self.linear_macs)
 
+        budget = round(budget, 3)  # so that a table of a thousand rows is the whole rule (`export`)
         wanted = self.macs * self.slope * (self.start - budget)
         return self._spread(bisect_left(range(self.tokens), wanted, key=saved), budget)
 

@@ -1,4 +1,4 @@
-"""Files that run elsewhere: ONNX with the budget as an input, `torch.export` programs, AOTInductor packages."""
+"""Files that run elsewhere, with the budget as an input: ONNX, and programs of `torch.export`."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from acmize.errors import AcmizeError
 from acmize.export.trace import check_exportable, trace
 
-SUFFIXES = {"onnx": ".onnx", "onnx-int8": ".onnx", "torch-export": ".pt2", "aoti": ".pt2"}
+SUFFIXES = {"onnx": ".onnx", "onnx-int8": ".onnx", "torch-export": ".pt2"}
 FORMATS = tuple(SUFFIXES)
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -23,7 +24,7 @@ def export(model: Any, path: str | Path, format: str = "onnx") -> Path:
         model: adaptive, see `hub.Adaptive`, on the CPU; left as it was.
         path: of the file, which is replaced if it exists; its suffix is that of the format.
         format: "onnx"; "onnx-int8", its weights and activations in 8 bits; "torch-export", a program for
-            `torch.export.load` after `import acmize.export`; "aoti", compiled for this machine's kind by AOTInductor.
+            `torch.export.load` after `import acmize.export`.
 
     Returns:
         The path.
@@ -69,18 +70,13 @@ def _need_onnx() -> None:
 def _torch_export(model: Any, path: Path) -> None:
     import torch
 
-    torch.export.save(trace(model), path)
-
-
-def _aoti(model: Any, path: Path) -> None:
-    import torch
-
-    torch._inductor.aoti_compile_and_package(trace(model), package_path=str(path))
+    with warnings.catch_warnings():  # the memory of `Contract.weight` is transposed; it is saved and read as it is
+        warnings.filterwarnings("ignore", "No complete tensor found in the group", UserWarning)
+        torch.export.save(trace(model), path)
 
 
 _WRITERS: dict[str, Callable[[Any, Path], None]] = {
     "onnx": _onnx,
     "onnx-int8": _onnx_int8,
     "torch-export": _torch_export,
-    "aoti": _aoti,
 }

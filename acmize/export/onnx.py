@@ -30,24 +30,55 @@ def write_int8(model: Any, path: Path) -> None:
 
     Weights are rounded once, for each column of their matrix; inputs when they come ("dynamic quantisation").
     """
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxscript import optimizer
-
-    made = _converted(model)
-    # Only a product with a stored matrix is quantised: slices and transposes of weights are stored, not computed.
-    optimizer.fold_constants(made, onnx_shape_inference=False, input_size_limit=2**40, output_size_limit=2**40)
-    gates = [n.name for n in made.graph if ".gate" in n.metadata_props.get(SCOPES, "") and n.name]
-    whole = path.with_name(f"float-{path.name}")
+    made, whole = _converted(model), path.with_name(f"float-{path.name}")
+    gates = gate_products(made)
     _save(made, whole)
+    quantise(whole, path, gates)
+
+
+def gate_products(made: Any) -> list[str]:
+    """Names of the nodes of gates in an `onnx_ir.Model` that the exporter made."""
+    return [node.name for node in made.graph if ".gate" in node.metadata_props.get(SCOPES, "") and node.name]
+
+
+def quantise(whole: Path, path: Path, keep: list[str]) -> None:
+    """Write the ONNX file `whole` to `path` in 8 bits, but for the nodes to keep; files lie beside `path` meanwhile."""
+    import onnx
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    # Only a product with a stored matrix is quantised: slices and transposes of weights have to be stored.
+    folded = path.with_name(f"folded-{path.name}")
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(folded)
+    options.log_severity_level = 3  # it warns of each constant that it leaves doubled
+    onnxruntime.InferenceSession(whole, options, disabled_optimizers=["MatMulAddFusion"])  # which makes no MatMul
+    proto = onnx.load(folded)
+    for graph in _graphs(proto.graph):
+        del graph.value_info[:]  # of folded values they are those before folding
+    onnx.helper.set_model_props(proto, {**_props(proto), "onnx.quant.pre_process": "onnxruntime.quant"})
     quantize_dynamic(
-        whole,
+        proto,
         path,
         op_types_to_quantize=["MatMul"],
         per_channel=True,
         weight_type=QuantType.QInt8,
-        nodes_to_exclude=gates,
+        nodes_to_exclude=keep,
         extra_options={"EnableSubgraph": True},
     )
+
+
+def _graphs(graph: Any) -> list[Any]:
+    """A graph and those of the branches in it."""
+    found = [graph]
+    for one in found:  # grows on the way
+        found += [a.g for node in one.node for a in node.attribute if a.HasField("g")]
+    return found
+
+
+def _props(proto: Any) -> dict[str, str]:
+    return {entry.key: entry.value for entry in proto.metadata_props}
 
 
 def metadata(model: Any) -> dict[str, str]:

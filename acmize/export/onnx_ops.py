@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from onnxscript import evaluator
-from onnxscript import opset20 as op
+from onnxscript import evaluator, opset20
+
+op: Any = opset20  # its operators take Python numbers and lists as well, which their annotations do not say
 
 BLOCK_UNITS = 96  # units (of all heads) of a block of learners at least: a narrower product wastes the processor
 BLOCKS = 4  # of a site at most

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,20 +70,13 @@ def dial_at(calibration: Calibration, budget: Tensor) -> Tensor:
 
 
 def schedule_at(merging: Merging, budget: Tensor) -> list[int | Tensor]:
-    """`Merging.schedule` of a tensor (): pairs to merge before each block, tensors () where the budget decides."""
-    if merging.fixed is not None:
-        return list(merging.schedule(1.0))
-    weights = [0.0] + [1.25 * merging.blocks - i for i in range(1, merging.blocks)]
-    parts = torch.tensor(list(accumulate(weights)), dtype=torch.float64)
-    total = (merging.slope * (merging.start - budget)).clamp(0, 0.9) * merging.tokens
-    reached = (total * parts / sum(weights)).round().long()
-    out: list[int | Tensor] = [0]
-    left: Tensor | int = merging.tokens - merging.prefix
-    for wanted in reached.diff().unbind():
-        r = torch.minimum(wanted, torch.as_tensor(left // 2))
-        out.append(r)
-        left = left - r
-    return out
+    """`Merging.schedule` of a tensor (): pairs to merge before each block, tensors () where the budget decides.
+
+    The rule looks at budgets in thousandths, so the graph holds a table of all of them.
+    """
+    columns = list(zip(*(merging.schedule(b / 1000) for b in range(1001)), strict=True))
+    row = (budget * 1000).round().long()
+    return [torch.tensor(pairs)[row] if len(set(pairs)) > 1 else pairs[0] for pairs in columns]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import nn
 
 from acmize import hosts_speech
 from acmize.errors import AcmizeError
-from acmize.hosts import timm_transformers  # noqa: F401  (registers its handlers)
+from acmize.hosts import timm_cnns, timm_transformers  # noqa: F401 - they register their handlers
 from acmize.hosts._registry import HANDLERS, LINEAR, Found, Handler
 from acmize.padding import class_path
 from acmize.plan import Refusal, Site
