@@ -83,34 +83,30 @@ function drawChart(place, { xLabel, yLabel, series, now }) {
 const isError = content.metric === "wer";
 const metricName = isError ? "word error rate, %" : "top-1, %";
 const metric = (row) => row[content.metric];
-const rivals = (content.comparison && content.comparison.rows) || [];
+const comparison = content.comparison && content.comparison.rows && content.comparison.rows.length ? content.comparison : null;
 
-function macsSeries() {
-  const point = (x, row) => ({ x, y: 100 * metric(row), told: `${percent(metric(row))} % at ${number(x)} of the MACs` });
-  const ours = content.results.filter((row) => metric(row) !== null).map((row) => point(row.macs_ratio, row));
-  const series = [{ name: "adaptive", points: ours }];
-  if (content.dense && metric(content.dense) !== null) series.push({ name: "dense", points: [point(1, content.dense)] });
-  for (const name of new Set(rivals.filter((r) => r.model !== "adaptive" && r.model !== "dense").map((r) => r.model))) {
-    const points = rivals.filter((r) => r.model === name && metric(r) !== null).map((r) => point(r.macs_ratio, r));
-    series.push({ name, points: points.sort((a, b) => a.x - b.x) });
-  }
-  return series.filter((s) => s.points.length);
+/** Model -> its rows, all of one set of samples: those of the comparison, else those saved with the model. */
+function measured() {
+  const saved = content.results.map((row) => ({ ...row, model: "adaptive" }));
+  const dense = content.dense ? [{ ...content.dense, model: "dense", macs_ratio: 1 }] : [];
+  const rows = (comparison ? comparison.rows : [...saved, ...dense]).filter((row) => metric(row) !== null && metric(row) !== undefined);
+  const names = new Set(["adaptive", "dense", ...rows.map((row) => row.model)]);
+  return [...names].map((name) => [name, rows.filter((row) => row.model === name)]).filter(([, found]) => found.length);
 }
 
+const point = (x, row, unit) => ({ x, y: 100 * metric(row), told: `${percent(metric(row))} % at ${number(x)} ${unit}` });
+const byX = (points) => points.sort((a, b) => a.x - b.x);
+
+function macsSeries() {
+  return measured().map(([name, rows]) => ({ name, points: byX(rows.map((row) => point(row.macs_ratio, row, "of the MACs"))) }));
+}
+
+const batch = comparison ? Math.max(0, ...comparison.rows.flatMap((row) => row.latency.map((time) => time.batch_size))) : 0;
+
 function timeSeries() {
-  const found = new Map();
-  for (const row of rivals) {
-    if (metric(row) === null) continue;
-    for (const time of row.latency || []) {
-      const name = `${row.model}, batch ${time.batch_size}`, told = `${percent(metric(row))} % in ${number(time.p50 / time.batch_size)} ms`;
-      if (!found.has(name)) found.set(name, []);
-      found.get(name).push({ x: time.p50 / time.batch_size, y: 100 * metric(row), told });
-    }
-  }
-  const batch = content.comparison ? Math.max(...rivals.flatMap((r) => (r.latency || []).map((t) => t.batch_size)), 0) : 0;
-  const shown = [...found].filter(([name]) => name.endsWith(`batch ${batch}`));
-  const kept = shown.length ? shown : ownTimes();
-  return kept.map(([name, points]) => ({ name, points: points.sort((a, b) => a.x - b.x) }));
+  if (!batch) return ownTimes();
+  const each = (row) => row.latency.find((time) => time.batch_size === batch).p50 / batch;
+  return measured().map(([name, rows]) => ({ name, points: byX(rows.map((row) => point(each(row), row, "ms"))) }));
 }
 
 /** Milliseconds that were saved with the model itself, where nothing was compared. */
@@ -118,9 +114,8 @@ function ownTimes() {
   const table = content.latency ? content.latency.table.map((t) => [t.budget, t.latency_ms.p50 / content.latency.batch_size]) : [];
   const times = new Map([...content.results.filter((r) => r.latency_ms).map((r) => [r.budget, r.latency_ms]), ...table]);
   const rows = content.results.filter((r) => times.has(r.budget) && metric(r) !== null);
-  const point = (x, row) => ({ x, y: 100 * metric(row), told: `${percent(metric(row))} % in ${number(x)} ms` });
-  const found = rows.length ? [["adaptive", rows.map((r) => point(times.get(r.budget), r))]] : [];
-  if (found.length && content.dense.latency_ms) found.push(["dense", [point(content.dense.latency_ms, content.dense)]]);
+  const found = rows.length ? [{ name: "adaptive", points: byX(rows.map((r) => point(times.get(r.budget), r, "ms"))) }] : [];
+  if (found.length && content.dense.latency_ms) found.push({ name: "dense", points: [point(content.dense.latency_ms, content.dense, "ms")] });
   return found;
 }
 
@@ -130,15 +125,15 @@ function charts(now) {
   byId("time-figure").hidden = !byTime.length;
   const yLabel = metricName;
   if (byMacs.length) drawChart(byId("macs-chart"), { xLabel: "executed MACs, share of the dense model's", yLabel, series: byMacs, now });
-  if (byTime.length) drawChart(byId("time-chart"), { xLabel: "milliseconds an image, median", yLabel, series: byTime });
+  if (byTime.length) drawChart(byId("time-chart"), { xLabel: `milliseconds an image${batch ? `, batches of ${batch}` : ""}, median`, yLabel, series: byTime });
 }
 
 function numbers() {
   const head = ["model", "budget", "MACs", metricName, "agreement, %"];
   const rows = [["dense", "–", "1.000", percent(content.dense && metric(content.dense)), "100.0"]];
   for (const r of content.results) rows.push(["adaptive", number(r.budget), r.macs_ratio.toFixed(3), percent(metric(r)), percent(r.agreement)]);
-  for (const r of rivals.filter((r) => r.model !== "adaptive" && r.model !== "dense"))
-    rows.push([r.model, r.budget ? number(r.budget) : "–", r.macs_ratio.toFixed(3), percent(metric(r)), percent(r.agreement)]);
+  for (const r of comparison ? comparison.rows : [])
+    rows.push([`compared: ${r.model}`, r.budget ? number(r.budget) : "–", r.macs_ratio.toFixed(3), percent(metric(r)), percent(r.agreement)]);
   const cells = (name, row) => element("tr", {}, ...row.map((x, i) => element(i ? name : "th", {}, x)));
   byId("numbers").replaceChildren(element("thead", {}, cells("th", head)), element("tbody", {}, ...rows.map((r) => cells("td", r))));
 }
@@ -268,10 +263,10 @@ function show(stop) {
 function start() {
   const macs = `${(content.macs_dense / 1e9).toFixed(3)} G multiply-adds dense`;
   byId("summary").textContent = `${macs}; adaptive sites: ${content.sites.length}; places left dense: ${content.refused}; acmize ${content.acmize}.`;
-  byId("macs-note").textContent = content.dense ? `${content.samples} ${content.split || "test"} samples of ${content.data}.` : "";
-  const comparison = content.comparison;
-  byId("time-note").textContent = comparison ? `${comparison.device}, ${comparison.threads} threads, ${comparison.dtype}; ${comparison.samples} samples for the accuracy.` : "";
-  byId("losses").replaceChildren(...((comparison && comparison.verdicts) || []).map((line) => element("li", {}, line)));
+  const of = comparison ?? content;
+  byId("macs-note").textContent = content.dense || comparison ? `${of.samples} ${of.split || "test"} samples${comparison ? "" : ` of ${content.data}`}.` : "";
+  byId("time-note").textContent = comparison ? `${comparison.device}, ${comparison.threads} threads, ${comparison.dtype}; the same samples.` : "";
+  byId("losses").replaceChildren(...((content.comparison && content.comparison.verdicts) || []).map((line) => element("li", {}, line)));
   byId("findings-part").hidden = !content.findings.length;
   byId("findings-count").textContent = content.findings.length;
   byId("findings").replaceChildren(...content.findings.map((line) => element("li", {}, line)));
