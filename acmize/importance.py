@@ -28,12 +28,15 @@ def order_units(moments: Tensor, w2: Tensor) -> Tensor:
     rows = r.new_empty(units, units)  # of the Cholesky factor: what is left of r is r - rows^T rows, never formed
     while (done := len(order)) < units:
         gain = g.square().sum(0) / variance.clamp_min(floor)
+        gain[variance <= floor] = 0.0  # what is left of them is rounding
         gain[~free] = -1.0
         best = gain.topk(min(step, units - done)).indices
         left = torch.addmm(r[best], rows[:done, best].T, rows[:done], alpha=-1)
         w, v = torch.linalg.eigh(left[:, best])  # rounding may have made it indefinite
         root = v / w.clamp_min(floor).sqrt()
-        new = rows[done : done + len(best)] = root.T @ left
+        # In exact arithmetic no row exceeds this (Cauchy-Schwarz); in moments of rounded products they would grow.
+        bound = variance.clamp_min(0).sqrt()
+        new = rows[done : done + len(best)] = (root.T @ left).clamp(-bound, bound)
         g.addmm_(g[:, best] @ root, new, alpha=-1)
         variance -= new.square().sum(0)
         free[best] = False

@@ -77,6 +77,19 @@ def test_dead_and_constant_units_come_last() -> None:
     assert sorted(order_units(silent, torch.randn(3, 6, dtype=DOUBLE)).tolist()) == list(range(6))
 
 
+def test_units_of_which_only_rounding_is_left_come_last() -> None:
+    """Sums of float32 products give a constant unit a variance just below zero, and covariances that are not zero."""
+    units, constant = 12, 6
+    root = torch.randn(units, units, dtype=DOUBLE)
+    moments = torch.eye(units + 1, dtype=DOUBLE)
+    moments[:-1, :-1] = root @ root.T / units
+    noise = 1e-2 * torch.randn(constant, units, dtype=DOUBLE)
+    moments[:constant, :-1], moments[:-1, :constant] = noise, noise.T
+    moments[:constant, :constant] = -5e-6 * torch.eye(constant, dtype=DOUBLE)
+    order = order_units(moments, torch.randn(5, units, dtype=DOUBLE)).tolist()
+    assert set(order[-constant:]) == set(range(constant))
+
+
 @pytest.mark.parametrize("rank", [8, 3])
 def test_roots_are_inverse_even_without_energy(rank: int) -> None:
     a = torch.randn(8, rank, dtype=DOUBLE)
