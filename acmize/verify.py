@@ -218,7 +218,7 @@ def _checks(model: Any, inputs: Batch, dense: nn.Module | None, seed: int, compi
             found += compared(f"{backend}, alone", run, lambda run=run, b=backend: _one_by_one(model, inputs, run, b))
         if backend != REFERENCE:
             found += _few_tokens(model, inputs, backend)
-    default = f"default ({ops.pick_backend(torch.empty(0, device=inputs.device))})"
+    default = f"default ({ops.pick_backend(next(model.parameters()))})"
     for run in some:
         found += compared(default, run, lambda run=run: _again(model, inputs, run, None))
     found += _reloaded(model, inputs, runs["gates"])
