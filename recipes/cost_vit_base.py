@@ -109,8 +109,6 @@ def main() -> None:
             "of these": lambda _, r: ", ".join(f"{k} {v:.0f}" for k, v in r["stages"].items()),
             "peak memory": lambda _, r: f"{r['peak_gb']:.2f} GB ({r['before_gb']:.2f} before)",
             "speedup over PyTorch, over the fastest dense form": gained,
-                map(cell, r.get("bench", {}).get("results", []))
-            ),
         }
     )
 
