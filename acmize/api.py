@@ -328,6 +328,7 @@ class _Conversion:
                 data, steps=options.steps, lr=options.lr or 3e-3, seed=seed + number, fresh=number == 0,
                 name=f"gates-{number + 1}", **self._checkpoint(),
             )  # fmt: skip
+            del data  # gigabytes, for a large model: gone before the next round collects as much
 
     def _compensate(self, calibration: Calibration) -> None:
         batches = self.images.batches(self.images.fit, self.recipe.moments, size=self.small_batch)
