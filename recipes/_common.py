@@ -108,7 +108,8 @@ class Rows:
     def __init__(self, args: argparse.Namespace, file: str) -> None:
         self.path = args.output / "results.json"
         skip = ("output", "trained", "variants")
-        settings = {k: v for k, v in sorted(vars(args).items()) if k not in skip}
+        given = {k: v for k, v in sorted(vars(args).items()) if k not in skip}
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
         self.found: dict[str, Any] = {"recipe": Path(file).stem, "settings": settings, "machine": machine(), "rows": {}}
         if self.path.exists():
             before = read_json(self.path)
