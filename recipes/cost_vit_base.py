@@ -11,7 +11,7 @@ Shows:     seconds of each stage and the largest resident memory of the process 
 Data:      generated photographs (smooth colour noise, seed 0), 256 a split or --limit of them; nothing is read.
 Seed:      0.
 Hardware:  2 cores of a shared x86-64 machine (AVX-512, bf16), nothing beside it.
-Time:      11 minutes (--mixed-precision bf16).
+Time:      11 to 13 minutes (--mixed-precision bf16), 5 more with --bench.
 Versions:  in results.json.
 
 Result:    docs/results.md, "Cost of converting ViT-B". The aim: under 8 GB and under 15 minutes on 2 cores.
