@@ -432,7 +432,7 @@ class Recorder:
 
     def differentiable(self) -> Tensor:
         """(samples,) the same through `keep`: hard value, soft gradient."""
-        return torch.stack([parts[-1] for parts in self.expected.values()]).sum(0) + sum(self.gates.values())
+        return self._total(self.expected)
 
 
 @contextmanager

@@ -84,6 +84,17 @@ def test_where_no_site_pays_tokens_alone_are_merged(monkeypatch: pytest.MonkeyPa
     assert torch.equal(logits(from_pretrained(tmp_path / "saved"), 0.6), logits(made, 0.6))
 
 
+def test_merging_alone_can_be_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "site_times", times(lambda _: False))
+    options = {"fit_batch": 4, "budget": 0.6, "budgets": [0.6], "losses": {"task": 1.0, "entropy": 0.1}}
+    made = converted({**options, "phases": ["distill", "gates", "finetune"], "train": {"interpolate": False}})
+    untrained = converted({**options, "phases": []})
+    assert made.plan == untrained.plan
+    assert made.plan.entries == ()
+    assert any(not torch.equal(p, q) for p, q in zip(made.parameters(), untrained.parameters(), strict=True))
+    assert made.results["results"][0]["macs_ratio"] == untrained.results["results"][0]["macs_ratio"]
+
+
 def test_nothing_pays_and_nothing_merges(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "site_times", times(lambda _: False))
     with pytest.raises(AcmizeError, match="no site pays on this device in batches of 4; try a larger batch"):

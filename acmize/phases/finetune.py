@@ -119,7 +119,7 @@ def finetune(
         compute = spent / dense
         terms["budget"] = budget_loss(compute, budget)
         terms["diversity"] = diversity_loss(compute)
-        terms["entropy"] = entropy_loss(_soft_choices(seen)) if losses.entropy else logits.new_zeros(())
+        terms["entropy"] = entropy_loss(_soft_choices(seen)) if losses.entropy and seen.seen else logits.new_zeros(())
         total = sum(getattr(losses, name) * term for name, term in terms.items())
         for name, own in seen.losses.items():  # what modules of the method learn beside, weighted by themselves
             terms[name] = torch.stack(own).sum()
