@@ -28,7 +28,7 @@ from acmize.damage import collect_damage
 from acmize.diagnose import Finding, check_gates, check_sites
 from acmize.environment import environment
 from acmize.errors import AcmizeError
-from acmize.evaluate import Reference, evaluate, mean_error, reference
+from acmize.evaluate import evaluate, mean_error, reference
 from acmize.gates import choosing, full_width, set_dial
 from acmize.hf_models import processor_of
 from acmize.hosts import make_plan
@@ -455,7 +455,7 @@ def dense_from(model: Any, weights: str | Path | None) -> nn.Module | None:
     return load_model(model.base["architecture"], weights, **model.base["kwargs"])
 
 
-def answers_of(model: Any, dense: nn.Module | None, batches: Batches) -> Reference:
+def answers_of(model: Any, dense: nn.Module | None, batches: Batches | Spoken) -> Any:
     """The dense model's answers, or those of the adaptive one at full width in its place."""
     if dense is not None:
         return reference(dense, batches)
@@ -472,8 +472,7 @@ def _evaluate_saved_speech(
     teacher = model if dense is None else dense
     listener = Listener(teacher)
     batches = Spoken(splits.audio(splits.split(which), which, listener.processor.rate), listener)
-    with choosing(teacher, full_width if dense is None else None):
-        answers = reference(teacher, batches)
+    answers = answers_of(model, dense, batches)
     saved = [row["budget"] for row in model.results.get("results", [])]
     results = evaluate(model, model.plan, model.calibration, batches, answers, budgets or saved or (0.5,))
     return {**results, "split": which, "dense_is": "full width" if dense is None else "base weights"}

@@ -27,13 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmize import ops
+from acmize.api import dense_from
 from acmize.cost import evaluating
 from acmize.data import ImageSet, open_images
 from acmize.errors import AcmizeError
 from acmize.gates import gates_of
 from acmize.hub import build_base
 from acmize.layers import fast_products_
-from acmize.models import load_model
 from acmize.phases.calibrate import realised
 from acmize.quickstart_model import digits
 
@@ -285,12 +285,11 @@ def dense_of(model: Any, weights: str | Path | None = None) -> nn.Module:
         model: adaptive.
         weights: a safetensors file, for transformers a folder; None: random ones from no global generator.
     """
-    base = model.base
-    if weights is not None:
-        of_folder = base["library"] == "transformers"
-        return load_model(str(weights)) if of_folder else load_model(base["architecture"], weights, **base["kwargs"])
+    found = dense_from(model, weights)
+    if found is not None:
+        return found
     with torch.random.fork_rng(devices=[]):
-        return build_base(base).eval()
+        return build_base(model.base).eval()
 
 
 def bench_model(

@@ -5,20 +5,20 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import platform
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
 from acmize.api import Images, convert
 from acmize.checkpoint import read_json, write_json
+from acmize.console import percent
 from acmize.controls import gates_share, static_width
+from acmize.environment import environment
 from acmize.evaluate import Reference, evaluate_at, reference
 from acmize.hub import base_of, from_pretrained
 from acmize.models import architecture, load_model
@@ -96,6 +96,22 @@ def photographs(smoke: bool) -> Any:
     return digits_dataset() if smoke else str(assets() / "data" / "imagenet_mini")
 
 
+def cifar10_options(args: Any, method: str) -> tuple[Any, dict[str, Any]]:
+    """The data of the ResNet-20 recipes (--data, or that of ACMIZE_ASSETS), and the options that they share."""
+    train = {
+        "epochs": 1 if args.smoke else args.epochs,
+        "lr": args.lr,
+        "crop_pad": 4,
+        "warmup": 0.1,
+        "interpolate": False,
+    }
+    budgets = tuple(args.budgets)
+    more: dict[str, Any] = {"method": method, "budget": budgets[0], "budgets": budgets, "holdout": 0.1, "train": train}
+    if args.smoke:
+        return photographs(True), more
+    return args.data or str(assets() / "data" / "cifar10"), {**more, "batch_size": 128}
+
+
 class Rows:
     """Measured rows in `results.json`, each written at once, so that a run that was killed goes on where it stopped.
 
@@ -110,7 +126,12 @@ class Rows:
         skip = ("output", "trained", "variants")
         given = {k: v for k, v in sorted(vars(args).items()) if k not in skip}
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
-        self.found: dict[str, Any] = {"recipe": Path(file).stem, "settings": settings, "machine": machine(), "rows": {}}
+        self.found: dict[str, Any] = {
+            "recipe": Path(file).stem,
+            "settings": settings,
+            "machine": environment(args.device),
+            "rows": {},
+        }
         if self.path.exists():
             before = read_json(self.path)
             if before["settings"] != settings:
@@ -133,13 +154,6 @@ class Rows:
         text = "\n".join(lines)
         (self.path.parent / "table.md").write_text(text + "\n", encoding="utf-8")
         print(text, flush=True)
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
-    return {"threads": torch.get_num_threads(), "cpu": platform.machine(), "gpu": gpu, **versions}
 
 
 class Bench:
@@ -221,11 +235,6 @@ def pyplot() -> Any:
     from matplotlib import pyplot
 
     return pyplot
-
-
-def percent(value: float | None) -> str:
-    """A share as per cent with one decimal."""
-    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def columns(first: str = "method") -> dict[str, Callable[[str, Row], str]]:

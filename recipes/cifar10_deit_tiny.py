@@ -28,21 +28,18 @@ from pathlib import Path
 from typing import Any
 
 import _common as common
+import _training as training
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmize.checkpoint import load_tensors, save_tensors
-from acmize.controls import gates_share, static_width
 from acmize.cost import count_macs
-from acmize.gates import Choose, Gate, choosing
 from acmize.hosts import example_input
 from acmize.inputs import logits_of
 from acmize.losses import teacher_loss
 from acmize.methods.token_merging import set_schedule
 from acmize.phases._loop import fit
-from acmize.phases.calibrate import Calibration
-from acmize.phases.finetune import finetune
 from acmize.recipe import resolve
 
 BUDGETS = (0.75, 0.5, 0.25)
@@ -99,19 +96,10 @@ class Training:
             config=self._loop(epochs), checkpoint=folder, resume=True,
         ))  # fmt: skip
 
-    def static(self, adaptive: Any, dense: nn.Module) -> Any:
+    def static(self, dense: nn.Module) -> Any:
         """The adaptive plan from the same start, every token alike, trained like phase 3."""
-        plan, model = adaptive.plan, self.start_of(dense)
-        identity = Calibration(budgets=(1.0, 0.0), dials=(0.0, 1.0))  # the dial tells `choose` the step's budget
-
-        def run(batches: Any, steps: int, folder: Path) -> None:
-            with choosing(model, by_dial(model, plan), probe=True):
-                finetune(
-                    model, dense, plan, identity, batches, steps_per_epoch=steps, losses=self.recipe.losses,
-                    config=self._loop(self.recipe.train.epochs), checkpoint=folder, resume=True,
-                )  # fmt: skip
-
-        return self._kept("static", model, run)
+        path = self.args.output / "models" / "static.safetensors"
+        return training.static_(path, self.bench, self.recipe, self.start_of(dense))
 
     def start_of(self, dense: nn.Module) -> Any:
         """What phase 3 started from: the conversion after distillation."""
@@ -128,19 +116,6 @@ class Training:
             save_tensors(path, model.state_dict())
         model.load_state_dict(load_tensors(path))
         return model.eval()
-
-
-def by_dial(model: nn.Module, plan: Any) -> Choose:
-    """Static width at the budget `1 - dial`, for the gates' own cost more, since it runs none."""
-
-    @cache
-    def at(budget: float) -> Choose:
-        return static_width(model, plan, budget + gates_share(model, plan))
-
-    def choose(gate: Gate, x: Tensor) -> Tensor:
-        return at(round(1.0 - gate.dial.item(), 3))(gate, x)
-
-    return choose
 
 
 def fewer_blocks(dense: Any, budget: float) -> tuple[nn.Module, float]:
@@ -173,16 +148,16 @@ def main() -> None:
     more |= {"losses": {"task": 0.25, "entropy": 0.05, "diversity": 0.05, "budgets": (low, 0.95)}}
     recipe, data = resolve(options, {"batch_size": 64} if not args.smoke else {}, more), cifar10(args)
     dense = pretrained(args)
-    training = Training(args, recipe, common.Bench(dense, data, recipe))
-    dense = training.plain("dense", dense, epochs[0])
-    bench = training.bench
+    trained = Training(args, recipe, common.Bench(dense, data, recipe))
+    dense = trained.plain("dense", dense, epochs[0])
+    bench = trained.bench
 
     @cache
     def adaptive() -> Any:
         folder, kwargs = args.output / "models" / "adaptive", {} if args.smoke else SIZE
         return common.converted(folder, dense, data, recipe, kwargs)
 
-    static = cache(lambda: training.static(adaptive(), dense))
+    static = cache(lambda: trained.static(dense))
 
     def static_row(budget: float) -> common.Row:
         set_schedule(static(), adaptive().plan.schedule(budget))
@@ -190,8 +165,8 @@ def main() -> None:
 
     def small_row(budget: float) -> common.Row:
         model, ratio = fewer_blocks(dense, budget)
-        trained = training.plain(f"blocks-{len(model.blocks)}", model, epochs[1], dense)
-        return {"budget": budget, "blocks": len(model.blocks), **bench.plain(trained, ratio)}
+        small = trained.plain(f"blocks-{len(model.blocks)}", model, epochs[1], dense)
+        return {"budget": budget, "blocks": len(model.blocks), **bench.plain(small, ratio)}
 
     rows = common.Rows(args, __file__)
     rows.measure("dense", lambda: common.dense_row(bench))

@@ -68,18 +68,10 @@ def main() -> None:
     args = parser.parse_args()
     options, budgets = common.start(args, __file__), tuple(args.budgets)
     options.pop("acm", None)  # --smoke: options of another method
-    train = {
-        "epochs": 1 if args.smoke else args.epochs,
-        "lr": args.lr,
-        "crop_pad": 4,
-        "warmup": 0.1,
-        "interpolate": False,
-    }
-    more: dict[str, Any] = {"method": "cosine-gate", "budget": budgets[0], "budgets": budgets, "holdout": 0.1}
-    more |= {"train": train, "losses": {"budgets": (0.55, 0.85)}}
+    data, more = common.cifar10_options(args, "cosine-gate")
+    more |= {"losses": {"budgets": (0.55, 0.85)}}
     if not args.smoke:
-        more |= {"batch_size": 128, "gates": {"images": 2000, "budgets": (0.5, 0.95)}}
-    data = common.photographs(True) if args.smoke else args.data or str(common.assets() / "data" / "cifar10")
+        more |= {"gates": {"images": 2000, "budgets": (0.5, 0.95)}}
     dense = common.resnet20(args)
 
     def recipe(name: str) -> Any:

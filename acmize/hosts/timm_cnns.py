@@ -10,7 +10,7 @@ from torch import nn
 from acmize.hosts._registry import Found, handles, plain
 from acmize.plan import Refusal, Site
 
-CUTTABLE = (nn.Conv2d, nn.Linear)  # layers of a chain whose channels can be cut
+_CUTTABLE = (nn.Conv2d, nn.Linear)  # layers of a chain whose channels can be cut
 
 # --- residual blocks of CNNs ----------------------------------------------------------------------------------
 
@@ -119,7 +119,7 @@ def _chain(fqn: str, module: Any, names: Sequence[str], *, residual: bool = True
         part: Any = getattr(module, child, None)
         if plain(part):
             continue
-        if isinstance(part, CUTTABLE):
+        if isinstance(part, _CUTTABLE):
             layers.append(f"{fqn}.{child}")
             between.append([])
         else:
