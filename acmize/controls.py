@@ -55,21 +55,22 @@ def workload(model: nn.Module, plan: Plan, batches: Iterable[Batch] = ()) -> Wor
         left = _tokens_left(model, plan)
         tokens = {e.fqn: left[e.fqn] * e.tokens for e in plan.entries}
         return Workload(tokens=tokens, dense=plan.macs_dense, rest=plan.macs_rest(schedule_of(model)))
-    samples, dense, total = 0, 0.0, dict.fromkeys((e.fqn for e in plan.entries), 0.0)
+    samples, dense, rest, total = 0, 0.0, 0.0, dict.fromkeys((e.fqn for e in plan.entries), 0.0)
+    schedule = schedule_of(model)
     with evaluating(model):
         for batch in batches:
             with record(model, len(batch)) as seen:
                 forward(model, batch)
             zero = torch.zeros(len(batch), dtype=torch.float64)
             each = {name: zero + torch.as_tensor(count).cpu() for name, count in seen.tokens.items()}
-            dense += plan.account(zero, each)[1].sum().item()
+            macs = plan.account(zero, each, schedule)
+            rest, dense = rest + macs[0].sum().item(), dense + macs[1].sum().item()
             total = {name: count + each[name].sum().item() for name, count in total.items()}
             samples += len(batch)
     if not samples:
         raise AcmizeError("workload: found no inputs, expected those that will be run: their lengths are unequal")
     tokens = {name: count / samples for name, count in total.items()}
-    rest = dense / samples - sum(tokens[e.fqn] * (e.macs // e.tokens) for e in plan.entries)
-    return Workload(tokens=tokens, dense=dense / samples, rest=rest)
+    return Workload(tokens=tokens, dense=dense / samples, rest=rest / samples)
 
 
 def static_width(model: nn.Module, plan: Plan, budget: float, work: Workload | None = None) -> Choose:
@@ -141,11 +142,11 @@ def gates_share(model: nn.Module, plan: Plan, work: Workload | None = None) -> f
 
 def _tokens_left(model: nn.Module, plan: Plan) -> dict[str, float]:
     """Entry -> share of its tokens that the merging schedule in force leaves."""
-    schedule = schedule_of(model)
-    if plan.merging is None or not schedule:
+    merging, schedule = plan.merging, schedule_of(model)
+    if merging is None or not schedule:
         return {e.fqn: 1.0 for e in plan.entries}
-    shares = [count / plan.merging.tokens for count in plan.merging.counts(schedule)]
-    return {e.fqn: shares[int(e.fqn.split(".")[1])] if e.fqn.startswith("blocks.") else 1.0 for e in plan.entries}
+    shares = {i: count / merging.tokens for i, count in enumerate(merging.counts(schedule))}
+    return {e.fqn: shares.get(-1 if (i := merging.block_of(e.fqn)) is None else i, 1.0) for e in plan.entries}
 
 
 def by_name(model: nn.Module, choices: Mapping[str, int]) -> Choose:

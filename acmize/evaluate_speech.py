@@ -21,6 +21,8 @@ from acmize.audio import Utterance
 from acmize.cost import evaluating
 from acmize.gates import Choose, Recorder, choosing, record
 from acmize.inputs import Inputs, counted, forward
+from acmize.methods.merge_pairs import held_together
+from acmize.methods.token_merging import schedule_of, tracing
 from acmize.plan import Plan
 from acmize.speech import Listener, Spoken
 
@@ -120,19 +122,19 @@ def evaluate_speech_at(
     """
     start, texts, scores, spent, chosen, whole, load = time.perf_counter(), [], [], [], [], [], {}
     by_kind: tuple[list[Tensor], list[Tensor]] = ([], [])
-    listener = batches.listener
+    listener, schedule = batches.listener, schedule_of(model)
     with evaluating(model), choosing(model, choose):
         for inputs, utterances in batches:
-            with record(model, len(inputs)) as seen:
+            with record(model, len(inputs)) as seen, tracing(model) as trace:
                 output = forward(model, inputs)
-            macs = plan.account(seen.executed().double().cpu(), seen.tokens)
+            macs = plan.account(seen.executed().double().cpu(), seen.tokens, schedule)
             spent.append(macs[0])
             whole.append(macs[1])
-            chosen.append(plan.account(seen.chosen().double().cpu(), seen.tokens)[0])
+            chosen.append(plan.account(seen.chosen().double().cpu(), seen.tokens, schedule)[0])
             for name, parts in seen.macs.items():
                 load.setdefault(name, []).append((parts[-1] / seen.most[name]).cpu())
             for i, (u, logp) in enumerate(zip(utterances, _each(output.logits, inputs), strict=True)):
-                choices = mean_choices(seen, plan, i)
+                choices = mean_choices(seen, plan, i, trace)
                 silent = silent_frames(u.wave, len(choices))
                 for kind, frames in zip(by_kind, (silent, ~silent), strict=True):
                     kind.append(choices[frames])
@@ -176,15 +178,26 @@ def silent_frames(wave: Tensor, frames: int) -> Tensor:
     return level < level.quantile(0.95) + SILENT_DB
 
 
-def mean_choices(seen: Recorder, plan: Plan, sample: int) -> Tensor:
-    """(T,) mean share of the learners that each frame of a sample ran, over the sites that see its frames."""
-    first = seen.per_token[plan.entries[0].fqn][sample]
-    shares = [
-        seen.per_token[e.fqn][sample] / e.num_learners
-        for e in plan.entries
-        if seen.per_token[e.fqn].shape[1] == len(first)
-    ]
-    return torch.stack(shares).mean(0)[first >= 0].cpu()
+def mean_choices(seen: Recorder, plan: Plan, sample: int, trace: Sequence[Tensor] = ()) -> Tensor:
+    """(T,) mean share of the learners that each frame of a sample ran, over the sites that see its frames.
+
+    Merged frames share what their token ran; where nothing but merging is adaptive, the share of a token each has.
+    `trace` is what `tracing` gave for the same forward.
+    """
+    frames = int(torch.as_tensor(seen.tokens[""]).expand(seen.samples)[sample]) if trace else None
+    holders = [holder[sample, :frames] for holder in trace]
+    if not plan.entries:
+        return torch.stack([1 / held_together(holder) for holder in holders]).mean(0).cpu()
+    shares: list[Tensor] = []
+    for e in plan.entries:
+        choice = seen.per_token[e.fqn][sample]
+        share = choice[choice >= 0] / e.num_learners
+        block = plan.merging.block_of(e.fqn) if plan.merging is not None and holders else None
+        if block is not None:
+            share = share[holders[block]] / held_together(holders[block])
+        if not shares or len(share) == len(shares[0]):
+            shares.append(share)
+    return torch.stack(shares).mean(0).cpu()
 
 
 def _mean(parts: list[Tensor]) -> float | None:

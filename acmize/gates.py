@@ -365,7 +365,7 @@ class Recorder:
         expected: entry -> list of (samples,) MACs through `keep`, differentiable.
         most: entry -> MACs a sample if every learner ran; (samples,) where samples have unequal lengths.
         gates: entry -> MACs a sample of its share of the gate, likewise.
-        tokens: entry -> tokens a sample, likewise.
+        tokens: entry -> tokens a sample, likewise; "" -> tokens before any were merged, where they are frames.
         choices: entry -> histogram (N + 1,) of choices.
         per_token: entry -> (samples, tokens) choices of the last forward, -1 where padded.
         seen: module -> (input, decision), when `keep_inputs`.
@@ -437,9 +437,9 @@ class Recorder:
 
 @contextmanager
 def record(model: nn.Module, samples: int, keep_inputs: bool = False) -> Iterator[Recorder]:
-    """Record the decisions of every adaptive module while the context is open."""
+    """Record what every module with a place for a recorder decides while the context is open."""
     recorder = Recorder(samples, keep_inputs)
-    modules = [m for m in model.modules() if isinstance(m, AdaptiveModule)]
+    modules: list[Any] = [m for m in model.modules() if hasattr(m, "recorder")]
     for module in modules:
         module.recorder = recorder
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -168,6 +168,8 @@ class Merging:
     block `first[0]` (of twelve) down to a budget of `knees[0]`, and moves to the front until `first[1]` at `knees[1]`:
     early merges save the most and cost the most (docs/log.md). Of the blocks from there, earlier ones merge more
     (weight 1.25 L - i in block i of L). With `fixed`, so many pairs before each block but the first, at any budget.
+    Frames of speech (`neighbours`) are merged in proportion to the length of a recording, by the same share of what
+    is left before each block, the first one not spared.
 
     Attributes:
         tokens: tokens a sample at the model's own input size.
@@ -180,6 +182,8 @@ class Merging:
         dense_macs: for each block, MACs a token of linear layers that stayed dense.
         every: merge before each block (1), each second one, ...: fewer merges take less time and lose a little more.
         fixed: pairs before each block at every budget, in place of the rule.
+        path: of what holds the blocks.
+        neighbours: tokens are frames, merged with their neighbours alone; the search for pairs is next to free.
     """
 
     tokens: int
@@ -196,6 +200,18 @@ class Merging:
     knees: tuple[float, float] = (0.65, 0.45)
     every: int = 1
     fixed: int | None = None
+    path: str = "blocks"
+    neighbours: bool = False
+
+    def block_of(self, fqn: str) -> int | None:
+        """Which block a module lies in; None outside them."""
+        inside = fqn.removeprefix(f"{self.path}.")
+        return None if inside == fqn else int(inside.split(".")[0])
+
+    def at(self, tokens: int, schedule: tuple[int, ...]) -> tuple[Merging, tuple[int, ...]]:
+        """This merging for a recording of so many tokens, and the schedule there."""
+        other = replace(self, tokens=tokens)
+        return other, other._possible([r * tokens // self.tokens for r in schedule])
 
     def schedule(self, budget: float) -> tuple[int, ...]:
         """Pairs to merge before each block at a budget; never more than half of what is left to merge."""
@@ -207,17 +223,23 @@ class Merging:
 
         budget = round(budget, 3)  # so that a table of a thousand rows is the whole rule (`export`)
         wanted = self.macs * self.slope * (self.start - budget)
-        return self._spread(bisect_left(range(self.tokens), wanted, key=saved), budget)
+        most = 500 if self.neighbours else self.tokens
+        return self._spread(bisect_left(range(most), wanted, key=saved), budget)
 
     def _spread(self, total: int, budget: float) -> tuple[int, ...]:
-        """About `total` pairs over the blocks."""
+        """About `total` pairs over the blocks; of frames, about `total` thousandths of what is left before each."""
         (late, early), (high, low) = self.first, self.knees
         share = min(max((high - budget) / (high - low), 0.0), 1.0)
         begin = (late + share * (early - late)) * self.blocks / 12
         weights = [0.0] * self.blocks
-        for i in range(1, self.blocks, self.every):
-            weights[i] = (1.25 * self.blocks - i) * min(max((i - begin) / self.every + 1, 0.0), 1.0)
-        reached = [round(total * part / sum(weights)) for part in accumulate(weights)]
+        for i in range(0 if self.neighbours else 1, self.blocks, self.every):
+            weights[i] = min(max((i - begin) / self.every + 1, 0.0), 1.0)
+        if self.neighbours:
+            kept = accumulate(((1 - total / 1000) ** w for w in weights), lambda a, b: a * b)
+            reached = [round(self.tokens * (1 - share)) for share in kept]
+        else:
+            weights = [(1.25 * self.blocks - i) * w for i, w in enumerate(weights)]
+            reached = [round(total * part / sum(weights)) for part in accumulate(weights)]
         return self._possible([b - a for a, b in pairwise([0, *reached])])
 
     def _possible(self, wanted: list[int]) -> tuple[int, ...]:
@@ -246,7 +268,7 @@ class Merging:
         total, before = 0, self.tokens
         for r, count, macs in zip(schedule, self.counts(schedule), token_macs, strict=True):
             total += 2 * self.attention_dim * (self.tokens**2 - count**2) + macs * (self.tokens - count)
-            if r:
+            if r and not self.neighbours:
                 free = before - self.prefix
                 total -= -(-free // 2) * (free // 2) * self.dim
             before = count
@@ -284,15 +306,24 @@ class Plan:
 
         Args:
             executed: (samples,) MACs of the adaptive sites and their gates.
-            tokens: entry -> tokens a sample, as a `Recorder` has them.
+            tokens: entry -> tokens a sample, as a `Recorder` has them; "" -> tokens before any were merged.
             schedule: of merging.
         """
+        zero = executed.detach() * 0
         if self.length_macs is None:
-            return executed + self.macs_rest(schedule), executed.detach() * 0 + self.macs_dense
+            return executed + self.macs_rest(schedule), zero + self.macs_dense
         constant, linear, square = self.length_macs
-        length = executed.detach() * 0 + tokens[self.entries[0].fqn]
+        length = zero + (tokens[""] if "" in tokens else tokens[self.entries[0].fqn])
         dense = constant + linear * length + square * length**2
-        return executed + dense - sum(tokens[e.fqn] * (e.macs // e.tokens) for e in self.entries), dense
+        rest = dense - length * sum(e.macs // e.tokens for e in self.entries)
+        if self.merging is not None and any(schedule):
+            rest = rest - zero.new_tensor([self._saved_at(round(n), schedule) for n in length.tolist()])
+        return executed + rest, dense
+
+    def _saved_at(self, tokens: int, schedule: tuple[int, ...]) -> int:
+        assert self.merging is not None
+        merging, here = self.merging.at(tokens, schedule)
+        return merging.saved(here)
 
     def macs_rest(self, schedule: tuple[int, ...] = ()) -> int:
         """MACs a sample outside the adaptive sites and their gates, with this merging schedule."""

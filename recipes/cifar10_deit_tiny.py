@@ -14,10 +14,10 @@ Data:      CIFAR-10. 15 % of the training images are held out; calibration uses 
            split, which each row reads once, at the end. Images: what --images says (in results.json).
 Seed:      0.
 Hardware:  one core of a shared x86-64 machine, no GPU.
-Time:      over an hour, without the static rows, beside other work (3 + 2 epochs, bf16).
+Time:      an hour and three quarters beside other work (3 + 2 epochs, bf16).
 Versions:  in results.json (torch 2.14.1, timm 1.0.31).
 
-Result:    docs/results.md, "DeiT-Tiny on CIFAR-10, part of the data"; static width and the full data: not yet run.
+Result:    docs/results.md, "DeiT-Tiny on CIFAR-10, part of the data"; the full data: not yet run.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ EPOCHS, LR, BATCH = 20, 1e-3, 32
 
 def main() -> None:
     """Train, convert, table."""
-    made = parser(__doc__ or "", __file__, budgets=(0.75, 0.5, 0.4))
+    made = parser(__doc__ or "", __file__, budgets=(0.75, 0.5, 0.25))
     made.add_argument("--mlp-only", action="store_true", help="leave the projections dense, as the paper did")
     args = made.parse_args()
     options = start(args, __file__)

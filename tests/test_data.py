@@ -349,6 +349,7 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
             loader(Numbers(size), batch_size, drop_last=drop_last)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # where there is one core
 def test_workers_change_nothing(folder: Path, model: nn.Module) -> None:
     splits = open_images(folder)
 

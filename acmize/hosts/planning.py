@@ -15,9 +15,11 @@ from acmize.cost import Work, count_macs, measure_work, tokens_at
 from acmize.errors import AcmizeError
 from acmize.hosts.sites import check_declared, parse_targets, sites_of, unfit, within
 from acmize.inputs import Inputs
-from acmize.methods.token_merging import why_not
+from acmize.methods.token_merging import Blocks, mergeable
 from acmize.plan import Merging, Plan, PlanEntry, Refusal, Site
 from acmize.registry import Refused, method_for
+
+_OUT = ("attn.proj", "o_proj", "out_proj")  # output projections of attention
 
 
 def example_input(model: nn.Module, batch_size: int = 1) -> torch.Tensor:
@@ -114,9 +116,9 @@ def make_plan(
     unused = [g for g in (*globs, *exclude) if g not in used]
     if unused:
         raise AcmizeError(f"pattern {unused[0]!r} matches no site; `acmize plan` lists them")
-    alone = (
-        not drafts and any(r.reason.startswith("excluded") for r in refused) and merge == "auto" and not why_not(model)
-    )
+    blocks = mergeable(model)
+    excluded = any(r.reason.startswith("excluded") for r in refused)
+    alone = not drafts and excluded and merge == "auto" and not isinstance(blocks, str)
     if not drafts and not alone:
         told = [r for r in refused if "--num-learners" in r.reason] or refused
         why = f" ({told[0].fqn}: {told[0].reason})" if told else ""
@@ -126,13 +128,12 @@ def make_plan(
     macs = _macs_of(model, scope, inputs)
     merging = None
     if merge not in ("none", 0):
-        reason = why_not(model)
-        if reason is None:
-            merging = _merging(model, entries, macs, merge, inputs)
+        if isinstance(blocks, Blocks):
+            merging = _merging(model, blocks, entries, macs, merge, inputs)
         elif merge == "auto":
-            refused.append(Refusal(fqn="blocks", reason=reason))
+            refused.append(Refusal(fqn="blocks", reason=blocks))
         else:
-            raise AcmizeError(f"--merge {merge}: {reason}; leave it out")
+            raise AcmizeError(f"--merge {merge}: {blocks}; leave it out")
     return Plan(
         config=config,
         macs_dense=macs,
@@ -141,7 +142,7 @@ def make_plan(
         input_size=_size(inputs[0]),
         merging=merging,
         scope=scope,
-        length_macs=_length_macs(model, scope, entries[0]) if speech else None,
+        length_macs=_length_macs(model, scope, _counted(model, entries, blocks)) if speech else None,
     )
 
 
@@ -162,11 +163,24 @@ def _macs_of(model: nn.Module, scope: str, inputs: tuple[Any, ...]) -> int:
     return count_macs(model.get_submodule(scope), inputs[0].without(*hosts_speech.DECODER_INPUTS))
 
 
-def _length_macs(model: Any, scope: str, entry: PlanEntry) -> tuple[float, float, float] | None:
+def _counted(model: nn.Module, entries: tuple[PlanEntry, ...], blocks: Blocks | str) -> str:
+    """A linear layer that sees every frame."""
+    if isinstance(blocks, Blocks):
+        return _out_layer(model, blocks)
+    first = entries[0]
+    return first.roles["fc1"] if first.kind == "mlp" else first.target
+
+
+def _out_layer(model: nn.Module, blocks: Blocks) -> str:
+    """Path of the output projection of the first block's attention."""
+    named = model.get_submodule(f"{blocks.path}.0").named_modules()
+    return next(f"{blocks.path}.0.{name}" for name, m in named if isinstance(m, nn.Linear) and name.endswith(_OUT))
+
+
+def _length_macs(model: Any, scope: str, layer: str) -> tuple[float, float, float] | None:
     """MACs of the scope as a + b T + c T^2 for T tokens, through three counted lengths; None for a fixed length."""
     if hosts_speech.has_fixed_length(model) or (model.config.is_encoder_decoder and not scope):
         return None
-    layer = entry.roles["fc1"] if entry.kind == "mlp" else entry.target
     tokens, macs = [], []
     for frames in (200, 500, 1250):
         inputs = (hosts_speech.example_speech(model, frames),)
@@ -178,27 +192,35 @@ def _length_macs(model: Any, scope: str, entry: PlanEntry) -> tuple[float, float
 
 
 def _merging(
-    model: Any, entries: tuple[PlanEntry, ...], macs: int, merge: str | int, inputs: tuple[Any, ...]
+    model: nn.Module, where: Blocks, entries: tuple[PlanEntry, ...], macs: int, merge: str | int, inputs: Any
 ) -> Merging:
     if isinstance(merge, str) and merge != "auto":
         raise AcmizeError(f"merge: found {merge!r}, expected auto, none, or a number of pairs")
     if isinstance(merge, int) and merge < 0:
         raise AcmizeError(f"merge: found {merge}, expected a number of pairs of at least 0")
-    linear = [sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear)) for block in model.blocks]
-    sites = [sum(e.macs // e.tokens for e in entries if e.fqn.startswith(f"blocks.{i}.")) for i in range(len(linear))]
-    out = "blocks.0.attn.proj"
+    blocks: list[nn.Module] = list(model.get_submodule(where.path).children())
+    linear = [sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear)) for block in blocks]
+    sites = [
+        sum(e.macs // e.tokens for e in entries if e.fqn.startswith(f"{where.path}.{i}.")) for i in range(len(blocks))
+    ]
+    out = _out_layer(model, where)
+    layer: Any = model.get_submodule(out)
     merging = Merging(
         tokens=tokens_at(model, [out], *inputs)[out],
-        prefix=int(getattr(model, "num_prefix_tokens", 1)),
-        blocks=len(model.blocks),
-        dim=int(model.embed_dim),
-        attention_dim=model.get_submodule(out).in_features,
+        prefix=where.prefix,
+        blocks=len(blocks),
+        dim=layer.out_features,
+        attention_dim=layer.in_features,
         macs=macs,
         linear_macs=tuple(linear),
         dense_macs=tuple(all_ - site for all_, site in zip(linear, sites, strict=True)),
         fixed=None if merge == "auto" else int(merge),
+        path=where.path,
+        neighbours=where.neighbours,
     )
-    return merging if entries else replace(merging, slope=1.0, start=1.0)  # nothing else saves the rest
+    # Frames are merged at so little cost that gates save their own work alone (docs/log.md); without entries, there is
+    # nothing else to save the rest.
+    return replace(merging, slope=1.0, start=1.0) if where.neighbours or not entries else merging
 
 
 def _complete(

@@ -1,15 +1,21 @@
-"""ToMe, token merging (Bolya et al., arXiv 2210.09461): r pairs of similar tokens become one before each block.
+"""Token merging: r pairs of similar tokens become one before each block.
+
+    images    ToMe (Bolya et al., arXiv 2210.09461): any two patches, by bipartite matching
+    speech    A-ToMe (Li et al., arXiv 2306.16009): neighbours in time alone; every frame has its token's output again
+              behind the last block, so that what reads the encoder finds as many as before
 
 Merged tokens shrink everything after them, the attention products included, and compose with widths: the gates then
 decide for merged tokens. A merge happens at a block's input, through a pre-forward hook, never inside a host's forward;
-the sizes of merged tokens reach the block's attention as the additive mask log(size) (eq. 1 of the paper).
+the sizes of merged tokens reach the block's attention as the additive mask log(size) (eq. 1 of ToMe).
 
-Deviations from the paper, and why
+Deviations from the papers, and why
 - Pairs are merged between blocks, not between attention and MLP: no forward is copied.
 - Pairs are scored by Ward's criterion on the residual stream, s_a s_b / (s_a + s_b) ||x_a - x_b||^2, not by the cosine
   of keys: it weighs what a merge changes, needs nothing from inside a block, and was better here (docs/log.md).
+- A frame is merged with the neighbour it suits better, by a number of pairs, not with its successor by a threshold:
+  the work of a recording is known beforehand.
 
-Shapes: B samples, T tokens, D width, P prefix tokens (class, registers; never merged).
+Shapes: B samples, T tokens, D width, P prefix tokens (class, registers; never merged), R pairs.
 """
 
 from __future__ import annotations
@@ -17,14 +23,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from acmize.methods.merge_pairs import fold, merge, neighbours, places
+from acmize.padding import Padding, class_path
+
+# --- hooks ----------------------------------------------------------------------------------------------------
+
 
 class MergeState:
-    """Sizes of the merged tokens on their way through one forward; one for each thread."""
+    """The merged tokens on their way through one forward, for each thread."""
 
     def __init__(self) -> None:
         self._local = threading.local()
@@ -39,7 +51,22 @@ class MergeState:
 
     @sizes.setter
     def sizes(self, sizes: Tensor | None) -> None:
-        self._local.sizes = sizes
+        self._local.sizes, self._local.mask = sizes, None
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """(B, 1, 1, T) log(size), made once after each merge; -inf where a token is padding, of size 0."""
+        if self._local.mask is None:
+            self._local.mask = self._local.sizes.log()[:, None, None, :].to(dtype)
+        return self._local.mask
+
+    @property
+    def frames(self) -> Frames | None:
+        """The frames of a recording since the first block; None for images."""
+        return getattr(self._local, "frames", None)
+
+    @frames.setter
+    def frames(self, frames: Frames | None) -> None:
+        self._local.frames = frames
 
     @property
     def trace(self) -> list[Tensor] | None:
@@ -51,8 +78,25 @@ class MergeState:
         self._local.trace = trace
 
 
+@dataclass
+class Frames:
+    """The frames of recordings on their way through the blocks.
+
+    Attributes:
+        counts: real frames of each recording at the first block.
+        left: tokens of each recording now.
+        holder: (B, T) the token that holds each frame of the first block; None before the first merge.
+        at: (B, T') the frame that each token stands at, likewise.
+    """
+
+    counts: list[int]
+    left: list[int]
+    holder: Tensor | None = None
+    at: Tensor | None = None
+
+
 class MergeHook:
-    """Pre-forward hook of a block: merges r pairs of its input and hands log(size) to its attention.
+    """Pre-forward hook of a block of an image model: merges r pairs and hands log(size) to its attention.
 
     Args:
         state: shared by the hooks of a model.
@@ -82,96 +126,185 @@ class MergeHook:
             elif self.r:
                 x, self.state.sizes = merge(x, sizes, int(self.r), self.prefix)
         if self.state.sizes is not None:
-            kwargs = {**kwargs, "attn_mask": self.state.sizes.log()[:, None, None, :].to(x.dtype)}
+            kwargs = {**kwargs, "attn_mask": self.state.mask(x.dtype)}
         return (x, *args[1:]), kwargs
 
 
-def merge(x_BTD: Tensor, sizes_BT: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor]:
-    """Bipartite soft matching: the r cheapest of the best pairs (even token, odd token) become their weighted mean.
+class FrameMergeHook(MergeHook):
+    """Pre-forward hook of a block of a speech encoder: merges neighbours, and turns rotary positions with them.
+
+    `r` is for a recording of `reference` frames; a longer one merges as much more. Padding has size 0: it is merged
+    with nothing, and log(0) hides it from the attention.
 
     Args:
-        x_BTD: tokens.
-        sizes_BT: patches in each.
-        r: pairs to merge; at most half of the tokens behind the prefix.
-        prefix: tokens at the front that are left alone.
-
-    Returns:
-        (B, T - r, D) tokens and their (B, T - r) sizes: prefix, even tokens that were not merged, odd tokens.
+        state: shared by the hooks of a model.
+        first: this is the first block, whose `recorder` is told how many frames there are.
+        reference: frames that `r` is for.
+        padding: of the encoder, where its modules ask which tokens are real.
     """
-    gone, kept, into = _pairs(x_BTD, sizes_BT, r, prefix)
-    if not gone.shape[1]:
-        return x_BTD, sizes_BT
-    front = kept.shape[1] - (x_BTD.shape[1] - prefix) // 2  # tokens before the odd ones
-    merged, old_sizes = _rows(x_BTD, kept), sizes_BT.gather(1, kept)
-    size_gone = sizes_BT.gather(1, gone)
-    moved = _rows(x_BTD, gone) * size_gone[..., None]
-    target = _flat(into, merged.shape[1])
-    new_sizes = old_sizes.flatten().index_add(0, target, size_gone.flatten()).view_as(old_sizes)
-    merged[:, front:] *= old_sizes[:, front:, None]
-    merged.flatten(0, 1).index_add_(0, target, moved.flatten(0, 1))
-    merged[:, front:] /= new_sizes[:, front:, None]
-    return merged, new_sizes
+
+    def __init__(self, state: MergeState, first: bool, reference: int, padding: Padding | None) -> None:
+        super().__init__(state, 0, 0, first)
+        self.reference, self.padding = reference, padding
+
+    def __call__(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """`(x, ...)` -> the same with x merged, and mask and positions of what is left."""
+        state, x = self.state, args[0]
+        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        if self.first:
+            self._begin(x, mask)
+            if block.recorder is not None:
+                block.recorder.tokens[""] = torch.tensor(self._frames.counts, device=x.device)
+        if self.r:
+            x = self._merged(x, state.sizes if state.sizes is not None else _real(x, mask).to(x.dtype))
+        frames = self._frames
+        if state.trace is not None:
+            every = torch.arange(max(frames.counts), device=x.device).expand(len(x), -1)
+            state.trace.append(every if frames.holder is None else frames.holder)
+        if state.sizes is None or frames.at is None:
+            return args, kwargs
+        turns = kwargs.get("position_embeddings")
+        if turns is not None:
+            kwargs = {**kwargs, "position_embeddings": tuple(t.expand(len(x), -1, -1)[_each(frames.at)] for t in turns)}
+        if len(args) > 1:
+            return (x, state.mask(x.dtype), *args[2:]), kwargs
+        return (x,), {**kwargs, "attention_mask": state.mask(x.dtype)}
+
+    @property
+    def _frames(self) -> Frames:
+        frames = self.state.frames
+        assert frames is not None, "the first block runs first"
+        return frames
+
+    def _begin(self, x: Tensor, mask: Tensor | None) -> None:
+        counts = [x.shape[1]] * len(x) if mask is None else _real(x, mask).sum(1).tolist()
+        self.state.sizes, self.state.frames = None, Frames(counts, list(counts))
+
+    def _merged(self, x: Tensor, sizes: Tensor) -> Tensor:
+        frames = self._frames
+        pairs = zip(frames.counts, frames.left, strict=True)
+        r = [min(int(self.r) * count // self.reference, left // 2) for count, left in pairs]
+        holder, stays = neighbours(x, sizes, torch.tensor(r, device=x.device))
+        frames.left = [left - gone for left, gone in zip(frames.left, r, strict=True)]
+        x, self.state.sizes = fold(x, sizes, holder, max(frames.left))
+        at = torch.arange(stays.shape[1], device=x.device).expand_as(stays) if frames.at is None else frames.at
+        frames.at = at.new_zeros(x.shape[:2]).scatter_reduce(1, holder, at * stays, "amax")
+        frames.holder = holder if frames.holder is None else holder.gather(1, frames.holder)
+        if self.padding is not None and min(frames.left) < max(frames.left):
+            self.padding.publish(self.state.sizes > 0)
+        return x
+
+    def restore(self, _block: nn.Module, _args: Any, output: Any) -> Any:
+        """Forward hook of the last block: its output (B, T', D), alone or first of a tuple, for every frame again."""
+        frames, self.state.frames = self.state.frames, None
+        if frames is None or frames.holder is None:
+            return output
+        x = output if isinstance(output, Tensor) else output[0]
+        x = x[_each(frames.holder)]
+        return x if isinstance(output, Tensor) else (x, *output[1:])
 
 
-def places(x_BTD: Tensor, sizes_BT: Tensor, r: int, prefix: int) -> Tensor:
-    """(B, T) where `merge` with the same arguments puts each token: an index among the tokens that are left."""
-    gone, kept, into = _pairs(x_BTD, sizes_BT, r, prefix)
-    out = torch.empty(x_BTD.shape[:2], dtype=torch.int64, device=x_BTD.device)
-    out.scatter_(1, kept, torch.arange(kept.shape[1], device=x_BTD.device).expand_as(kept))
-    return out.scatter_(1, gone, into)
+def _each(index_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """The index of each sample, for its rows (B, T, ...)."""
+    return torch.arange(len(index_BT), device=index_BT.device)[:, None], index_BT
 
 
-@torch.no_grad()
-def _pairs(x_BTD: Tensor, sizes_BT: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens that go (B, R), tokens that stay (B, T - R), and which of the latter takes in each of the former."""
-    x, sizes = x_BTD[:, prefix:], sizes_BT[:, prefix:]
-    a, b, size_a, size_b = x[:, ::2], x[:, 1::2], sizes[:, ::2], sizes[:, 1::2]
-    r = min(r, b.shape[1])
-    places = torch.arange(x_BTD.shape[1], device=x.device).expand(len(x), -1)
-    if r <= 0:
-        return places[:, :0], places, places[:, :0]
-    distance = a.square().sum(-1)[..., None] + b.square().sum(-1)[:, None] - 2 * a @ b.mT
-    weight = size_a[..., None] * size_b[:, None] / (size_a[..., None] + size_b[:, None])
-    cost, partner = (weight * distance).min(-1)
-    order = cost.argsort(-1)
-    gone, stays = order[:, :r], order[:, r:].sort(-1).values
-    into = prefix + stays.shape[1] + partner.gather(1, gone)  # the odd tokens come last
-    kept = torch.cat([places[:, :prefix], prefix + 2 * stays, places[:, prefix + 1 :: 2]], 1)
-    return prefix + 2 * gone, kept, into
+def _real(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, T) which frames the attention sees, by its mask (B, 1, 1 or T, T) or (B, T): True, or 0, where it does."""
+    if mask is None:
+        return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    if mask.dim() == 2:  # as flash attention has it
+        return mask.bool()
+    seen = mask[:, 0, 0]
+    return seen if seen.dtype == torch.bool else seen == 0
 
 
-@torch.library.custom_op("acmize::merge", mutates_args=())
-def _merge_op(x: Tensor, sizes: Tensor, r: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """`merge` by a number that is known at run time alone; new tensors, as an operator's outputs have to be."""
-    pairs = int(r)
-    return merge(x, sizes, pairs, prefix) if pairs > 0 else (x.clone(), sizes.clone())
+# --- models ---------------------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("acmize::merge")
-def _(x: Tensor, sizes: Tensor, r: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    tokens = torch.library.get_ctx().new_dynamic_size(min=2)
-    return x.new_empty(x.shape[0], tokens, x.shape[2]), sizes.new_empty(x.shape[0], tokens)
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """The blocks of a model whose tokens can be merged.
+
+    Attributes:
+        path: of what holds them.
+        prefix: tokens at the front that are never merged.
+        neighbours: tokens are frames: merged with neighbours alone, and given back behind the last block.
+    """
+
+    path: str
+    prefix: int = 0
+    neighbours: bool = False
 
 
-def _rows(x_BTD: Tensor, index_BK: Tensor) -> Tensor:
-    """Tokens of each sample: (B, K, D). One selection of rows is several times faster than `gather` on the CPU."""
-    return x_BTD.flatten(0, 1).index_select(0, _flat(index_BK, x_BTD.shape[1])).unflatten(0, index_BK.shape)
+_LIBRARY = "transformers.models"
+_ENCODERS = {  # their blocks lie in `layers`, and take attention_mask
+    f"{_LIBRARY}.{path}"
+    for path in (
+        "moonshine.modeling_moonshine.MoonshineEncoder",
+        "whisper.modeling_whisper.WhisperEncoder",
+        "wav2vec2.modeling_wav2vec2.Wav2Vec2Encoder",
+        "wav2vec2.modeling_wav2vec2.Wav2Vec2EncoderStableLayerNorm",
+        "hubert.modeling_hubert.HubertEncoder",
+        "hubert.modeling_hubert.HubertEncoderStableLayerNorm",
+        "data2vec.modeling_data2vec_audio.Data2VecAudioEncoder",
+    )
+}
 
 
-def _flat(index_BK: Tensor, tokens: int) -> Tensor:
-    """Places in a sample -> (B * K,) places in the batch."""
-    return (index_BK + tokens * torch.arange(len(index_BK), device=index_BK.device)[:, None]).flatten()
+def mergeable(model: Any) -> Blocks | str:
+    """Where tokens can be merged in this model, or why they cannot."""
+    found = [path for path, module in model.named_modules() if class_path(module) in _ENCODERS]
+    if found:
+        return Blocks(path=".".join(filter(None, (found[0], "layers"))), neighbours=True)
+    reason = _unfit_images(model)
+    return Blocks(path="blocks", prefix=int(getattr(model, "num_prefix_tokens", 1))) if reason is None else reason
 
 
-def install_merging(model: Any) -> None:
+def _unfit_images(model: Any) -> str | None:
+    if not hasattr(model, "blocks"):
+        return f"token merging: {type(model).__name__} has no sequence of blocks whose tokens may be merged"
+    import inspect
+
+    if any("attn_mask" not in inspect.signature(b.forward).parameters for b in model.blocks):
+        return "token merging: the blocks take no attn_mask, so merged sizes cannot reach the attention"
+    if any(getattr(getattr(b, "attn", None), "num_heads", None) is None for b in model.blocks):
+        return "token merging: blocks without an attn of a known kind"
+    if getattr(model, "rope", None) is not None:
+        return "token merging: rotary positions belong to the grid of tokens"
+    if getattr(model, "global_pool", "token") != "token":
+        return f"token merging: pooling {model.global_pool!r} does not know the sizes of merged tokens"
+    return None
+
+
+def why_not(model: Any) -> str | None:
+    """Why this model's tokens cannot be merged, or None."""
+    found = mergeable(model)
+    return found if isinstance(found, str) else None
+
+
+def install_merging(model: Any, tokens: int = 1) -> None:
     """Register the hooks on a model's blocks, merging nothing until `set_schedule`.
 
     Args:
-        model: timm model for which `why_not` finds nothing.
+        model: one for which `why_not` finds nothing.
+        tokens: frames of a recording that schedules are for.
     """
-    state, prefix = MergeState(), int(getattr(model, "num_prefix_tokens", 1))
-    for i, block in enumerate(model.blocks):
-        block.register_forward_pre_hook(MergeHook(state, 0, prefix, i == 0), with_kwargs=True)
+    found = mergeable(model)
+    assert isinstance(found, Blocks), found
+    state = MergeState()
+    blocks: list[Any] = list(model.get_submodule(found.path).children())
+    padding: Any = getattr(model.get_submodule(found.path.rpartition(".")[0]), "padding", None)
+    for i, block in enumerate(blocks):
+        if not found.neighbours:
+            block.register_forward_pre_hook(MergeHook(state, 0, found.prefix, i == 0), with_kwargs=True)
+            continue
+        hook = FrameMergeHook(state, i == 0, tokens, padding)
+        block.register_forward_pre_hook(hook, with_kwargs=True)
+        if block is blocks[0]:
+            block.recorder = None
+        if block is blocks[-1]:
+            block.register_forward_hook(hook.restore)
 
 
 def set_schedule(model: Any, schedule: Sequence[int]) -> None:
@@ -195,8 +328,7 @@ def schedule_of(model: Any) -> tuple[int, ...]:
 
 def hooks_of(model: Any) -> list[MergeHook]:
     """The merging hooks of a model, in the order of its blocks."""
-    blocks = getattr(model, "blocks", ())
-    return [h for b in blocks for h in b._forward_pre_hooks.values() if isinstance(h, MergeHook)]
+    return [h for m in model.modules() for h in m._forward_pre_hooks.values() if isinstance(h, MergeHook)]
 
 
 @contextmanager
@@ -214,20 +346,3 @@ def tracing(model: Any) -> Iterator[list[Tensor]]:
     finally:
         for state in states:
             state.trace = None
-
-
-def why_not(model: Any) -> str | None:
-    """Why this model's tokens cannot be merged, or None."""
-    if not hasattr(model, "blocks"):
-        return f"token merging: {type(model).__name__} has no sequence of blocks"
-    import inspect
-
-    if any("attn_mask" not in inspect.signature(b.forward).parameters for b in model.blocks):
-        return "token merging: the blocks take no attn_mask, so merged sizes cannot reach the attention"
-    if any(getattr(getattr(b, "attn", None), "num_heads", None) is None for b in model.blocks):
-        return "token merging: blocks without an attn of a known kind"
-    if getattr(model, "rope", None) is not None:
-        return "token merging: rotary positions belong to the grid of tokens"
-    if getattr(model, "global_pool", "token") != "token":
-        return f"token merging: pooling {model.global_pool!r} does not know the sizes of merged tokens"
-    return None

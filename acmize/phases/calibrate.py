@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from acmize.cost import evaluating
 from acmize.gates import record, set_dial
-from acmize.inputs import Batch, forward
+from acmize.hosts_speech import DECODER_INPUTS
+from acmize.inputs import Batch, Inputs, forward
 from acmize.methods.token_merging import schedule_of, set_schedule
 from acmize.plan import Plan
 
@@ -69,10 +70,11 @@ def realised(model: nn.Module, plan: Plan, batches: Sequence[Batch]) -> Tensor:
     They are the executed ones where every module skips what is not chosen.
     """
     spent, dense, schedule = [], [], schedule_of(model)
+    counted = model.get_submodule(plan.scope)  # what lies behind it, such as a decoder, need not run
     with evaluating(model):
         for batch in batches:
             with record(model, len(batch)) as seen:
-                forward(model, batch)
+                forward(counted, batch.without(*DECODER_INPUTS) if plan.scope and isinstance(batch, Inputs) else batch)
             macs = plan.account(seen.chosen().double(), seen.tokens, schedule)
             spent.append(macs[0])
             dense.append(macs[1])

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from acmize.gates import Recorder, record
+from acmize.methods.merge_pairs import held_together
 from acmize.methods.token_merging import tracing
 from acmize.plan import PlanEntry
 
@@ -81,7 +82,7 @@ def _spread(entry: PlanEntry, seen: Recorder, trace: list[Tensor], prefix: int, 
         return macs[..., None]
     if trace and entry.fqn.startswith("blocks."):
         holder = trace[int(entry.fqn.split(".")[1])].cpu()
-        macs = macs.gather(1, holder) / _sizes(holder)
+        macs = macs.gather(1, holder) / held_together(holder)
     grid = grid_of(macs.shape[1], prefix, size)
     if grid is None:
         return None
@@ -92,15 +93,8 @@ def _token_sizes(trace: list[Tensor], prefix: int, size: tuple[int, ...], grid: 
     """(B, H, W) patches in the token that holds each patch behind the last block."""
     if not trace or (first := grid_of(trace[-1].shape[1], prefix, size)) is None:
         return None
-    sizes = _sizes(trace[-1])[:, -math.prod(first) :].unflatten(1, first)
+    sizes = held_together(trace[-1].cpu())[:, -math.prod(first) :].unflatten(1, first)
     return F.adaptive_max_pool2d(sizes[:, None], grid)[:, 0]
-
-
-def _sizes(holder: Tensor) -> Tensor:
-    """(B, T0) indices of the tokens that hold each first token -> how many first tokens each of them holds."""
-    holder = holder.cpu()
-    counts = torch.zeros(holder.shape, dtype=torch.float32).scatter_add_(1, holder, torch.ones(holder.shape))
-    return counts.gather(1, holder)
 
 
 def _multiple(have: torch.Size, grid: tuple[int, int]) -> tuple[int, int]:
