@@ -96,12 +96,14 @@ def convert(
         raise TypeError(f"give a recipe or options, not both: found {sorted(options)}")
     if budget is not None:
         recipe = Recipe(**{**{f: getattr(recipe, f) for f in recipe.__dataclass_fields__}, "budget": budget})
+    speech = Speech(data, model, recipe) if is_speech(model) else None
     if plan is None:
         plan = make_plan(
-            model, recipe.config, target_modules=recipe.target_modules, exclude=recipe.exclude, merge=recipe.merge
-        )
+            model, recipe.config, example=speech and speech.example, target_modules=recipe.target_modules,
+            exclude=recipe.exclude, merge=recipe.merge,
+        )  # fmt: skip
     plan.check_budget(recipe.budget)
-    samples = Speech(data, model, recipe) if is_speech(model) else Images(data, model, recipe)
+    samples = speech or Images(data, model, recipe)
     made = _Conversion(model, plan, recipe, samples, work, resume).run(base)
     if is_speech(model):
         made.processor = processor_of(model)
@@ -293,8 +295,8 @@ class _Conversion:
         self.left_dense |= dict.fromkeys(names, reason)
         recipe, left = self.recipe, self.left_dense
         plan = make_plan(
-            self.dense, recipe.config, target_modules=recipe.target_modules, exclude=(*recipe.exclude, *left),
-            merge=recipe.merge,
+            self.dense, recipe.config, example=self.images.example, target_modules=recipe.target_modules,
+            exclude=(*recipe.exclude, *left), merge=recipe.merge,
         )  # fmt: skip
         if recipe.fit_batch is not None and plan.merging is not None:  # a merge takes time as well
             plan = replace(plan, merging=replace(plan.merging, every=2))

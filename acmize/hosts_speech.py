@@ -265,12 +265,21 @@ def example_speech(model: Any, frames: int = FRAMES) -> Inputs:
     elif config.model_type == "audio-spectrogram-transformer":
         shape = (1, config.max_length, config.num_mel_bins)
     else:
-        shape = (1, frames * getattr(config, "inputs_to_logits_ratio", _MOONSHINE_STRIDE))
+        shape = (1, frames * _stride(model))
     tensors = {model.main_input_name: torch.zeros(shape, device=like.device, dtype=like.dtype)}
     if config.is_encoder_decoder:
         start = config.decoder_start_token_id or 0
         tensors["decoder_input_ids"] = torch.full((1, 1), start, device=like.device)
     return Inputs(tensors)
+
+
+def frames_of(model: Any, samples: float) -> int:
+    """About how many frames so many samples of audio make; at least 8."""
+    return max(8, round(samples / _stride(model)))
+
+
+def _stride(model: Any) -> int:
+    return getattr(model.config, "inputs_to_logits_ratio", _MOONSHINE_STRIDE)
 
 
 def has_fixed_length(model: Any) -> bool:

@@ -25,6 +25,7 @@ class Images:
         task: loss of the labels in phase 3; None: the cross-entropy of classes.
     """
 
+    example: tuple[Any, ...] | None = None  # the size of images is the model's own
     task: Task | None = None
 
     def __init__(self, data: Any, model: nn.Module, recipe: Recipe) -> None:

@@ -14,6 +14,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from acmize.errors import AcmizeError
+from acmize.methods.merge_pairs import scaled
 from acmize.registry import config_class, method_for
 
 SCHEMA = 1
@@ -168,8 +169,10 @@ class Merging:
     block `first[0]` (of twelve) down to a budget of `knees[0]`, and moves to the front until `first[1]` at `knees[1]`:
     early merges save the most and cost the most (docs/log.md). Of the blocks from there, earlier ones merge more
     (weight 1.25 L - i in block i of L). With `fixed`, so many pairs before each block but the first, at any budget.
-    Frames of speech (`neighbours`) are merged in proportion to the length of a recording, by the same share of what
-    is left before each block, the first one not spared.
+    Frames of speech (`neighbours`) are merged in proportion to the length of a recording, the first block not spared:
+    before each block by the same share of what is left, or, as the budget falls from one knee to the other, by one
+    that falls by up to `decay` from block to block, since too few frames for the last blocks are worse than fewer for
+    the first. Below a budget of `bend[0]` merging saves only the share `bend[1]` of what is still to be saved.
 
     Attributes:
         tokens: tokens a sample at the model's own input size.
@@ -200,6 +203,8 @@ class Merging:
     knees: tuple[float, float] = (0.65, 0.45)
     every: int = 1
     fixed: int | None = None
+    decay: float = 0.0
+    bend: tuple[float, float] = (0.0, 1.0)
     path: str = "blocks"
     neighbours: bool = False
 
@@ -211,7 +216,7 @@ class Merging:
     def at(self, tokens: int, schedule: tuple[int, ...]) -> tuple[Merging, tuple[int, ...]]:
         """This merging for a recording of so many tokens, and the schedule there."""
         other = replace(self, tokens=tokens)
-        return other, other._possible([r * tokens // self.tokens for r in schedule])
+        return other, other._possible([scaled(r, tokens, self.tokens) for r in schedule])
 
     def schedule(self, budget: float) -> tuple[int, ...]:
         """Pairs to merge before each block at a budget; never more than half of what is left to merge."""
@@ -222,7 +227,8 @@ class Merging:
             return self._saved(self._spread(total, budget), self.linear_macs)
 
         budget = round(budget, 3)  # so that a table of a thousand rows is the whole rule (`export`)
-        wanted = self.macs * self.slope * (self.start - budget)
+        low, part = self.bend
+        wanted = self.macs * self.slope * (self.start - max(budget, low) + part * max(low - budget, 0.0))
         most = 500 if self.neighbours else self.tokens
         return self._spread(bisect_left(range(most), wanted, key=saved), budget)
 
@@ -235,8 +241,9 @@ class Merging:
         for i in range(0 if self.neighbours else 1, self.blocks, self.every):
             weights[i] = min(max((i - begin) / self.every + 1, 0.0), 1.0)
         if self.neighbours:
-            kept = accumulate(((1 - total / 1000) ** w for w in weights), lambda a, b: a * b)
-            reached = [round(self.tokens * (1 - share)) for share in kept]
+            falls = (w * (1 - share * self.decay) ** i for i, w in enumerate(weights))
+            left = accumulate(((1 - total / 1000) ** w for w in falls), lambda a, b: a * b)
+            reached = [round(self.tokens * (1 - part)) for part in left]
         else:
             weights = [(1.25 * self.blocks - i) * w for i, w in enumerate(weights)]
             reached = [round(total * part / sum(weights)) for part in accumulate(weights)]
@@ -426,7 +433,7 @@ def _three(values: Any) -> tuple[float, float, float]:
 
 
 def _merging(d: dict[str, Any]) -> Merging:
-    lists = {name: tuple(d[name]) for name in ("linear_macs", "dense_macs", "first", "knees")}
+    lists = {name: tuple(d[name]) for name in ("linear_macs", "dense_macs", "first", "knees", "bend") if name in d}
     merging = Merging(**{**d, **lists})
     each = (merging.linear_macs, merging.dense_macs)
     if (

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import zip_longest
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from acmize.audio import AudioSet, JoinedAudio, Utterance, buckets, open_audio
 from acmize.cost import evaluating
 from acmize.errors import AcmizeError
 from acmize.hf_models import processor_of
-from acmize.hosts_speech import alone_only, has_fixed_length
+from acmize.hosts_speech import alone_only, example_speech, frames_of, has_fixed_length
 from acmize.inputs import Inputs
 from acmize.recipe import Recipe
 from acmize.speech_training import training, transcript_task
@@ -168,6 +169,7 @@ class Speech:
     """The data of a conversion, as `images.Images` has it: to fit on, held out for calibration, test.
 
     Attributes:
+        example: inputs of the mean length, for a plan.
         task: loss of the transcripts in phase 3.
         calibration: what budgets are calibrated on: the held-out recordings, all where they are few.
     """
@@ -184,6 +186,7 @@ class Speech:
         self.calibration = self.held if enough else JoinedAudio(self.held, self.fit)
         self.test = None if splits.test is None else splits.audio(splits.test, "test", rate)
         self.augmented = self.fit
+        self.example = (example_speech(model, frames_of(model, fmean(self.fit.seconds()) * rate)),)
         self.alone = alone_only(model) is not None
         self.batch_size = 1 if self.alone else recipe.batch_size
         self.task = transcript_task(model, recipe.losses.label_smoothing)

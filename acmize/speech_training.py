@@ -48,10 +48,18 @@ def _frames(logits: Tensor, inputs: Any) -> Tensor:
 
 
 @contextmanager
-def training(model: Any, options: TrainOptions) -> Iterator[None]:
-    """Inside, a model is as phase 3 trains it (see the module's docstring); after it, as it was."""
+def training(model: Any, options: TrainOptions, *, whole: bool = False) -> Iterator[None]:
+    """Inside, a model is as phase 3 trains it (see the module's docstring); after it, as it was.
+
+    Args:
+        model: of speech.
+        options: of SpecAugment.
+        whole: train the front end too, as for a model from scratch.
+    """
     front = front_end(model)
-    frozen = [] if front.trained else [p for name in front.modules for p in model.get_submodule(name).parameters()]
+    frozen = (
+        [] if front.trained or whole else [p for name in front.modules for p in model.get_submodule(name).parameters()]
+    )
     frozen = [p for p in frozen if p.requires_grad]
     places = (model.config, *model.modules())
     before = [(place, name, getattr(place, name)) for place in places for name in _DROPS if name in vars(place)]

@@ -11,24 +11,24 @@ Result:    see docs/results.md, "Speech".
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
-from _common import Rows, assets, parser, percent, start
+from _common import Rows, assets, parser, start
+from _speech import COLUMNS, SpeechBench
 from torch import Tensor
+from torch.nn import functional as F
 
-from acmize.api import convert
-from acmize.audio import AudioSet, buckets, open_audio
-from acmize.controls import gates_share, static_width, workload
-from acmize.evaluate import evaluate_at, reference
+from acmize.audio import AudioSet, Utterance, buckets, open_audio
 from acmize.hf_models import Processor
-from acmize.hub import base_of, from_pretrained
 from acmize.models import load_model
 from acmize.phases._loop import FitConfig, fit
-from acmize.recipe import resolve
-from acmize.speech import Listener, Spoken
+from acmize.recipe import TrainOptions, resolve
+from acmize.speech import Listener
+from acmize.speech_training import training
 
 LETTERS = sorted(set("zeroonetwothreefourfivesixseveneightnine"))
 MODEL: dict[str, Any] = {
@@ -38,7 +38,7 @@ MODEL: dict[str, Any] = {
     "apply_spec_augment": False, "feat_proj_dropout": 0.0, "final_dropout": 0.0, "ctc_loss_reduction": "mean",
     "ctc_zero_infinity": True, "vocab_size": len(LETTERS) + 2, "pad_token_id": 0,
 }  # fmt: skip
-EPOCHS, LR, BATCH = 20, 1e-3, 32
+EPOCHS, LR, BATCH = 30, 1e-3, 32
 
 
 def main() -> None:
@@ -47,63 +47,38 @@ def main() -> None:
     made.add_argument("--mlp-only", action="store_true", help="leave the projections dense, as the paper did")
     args = made.parse_args()
     options = start(args, __file__)
-    options.pop("train", None), options.pop("batch_size", None)
     data = str(assets() / "data" / "fsdd")
     limit = 48 if args.smoke else args.limit
     dense = _dense(args.output / f"dense-{args.seed}", data, args.seed, limit, 1 if args.smoke else EPOCHS)
-
-    rows, batches = Rows(args, __file__), _test(dense, data, limit)
-    answers = reference(dense, batches)
-    rows.measure("dense", lambda: {"macs_ratio": 1.0, "agreement": 1.0, **answers.described})
+    rows = Rows(args, __file__)
+    bench = SpeechBench(rows, dense, data, limit, size=16)
     recipe = resolve(
         options,
         {"budget": 0.5, "budgets": args.budgets, "limit": limit, "batch_size": 16},
         {"train": {"epochs": 1 if args.smoke else 4}},
         {"acm": {"gate_hidden": 8, "projections": "none" if args.mlp_only else "rotated"}},
     )  # fmt: skip
-    folder = args.output / f"adaptive-{args.seed}"
-    if not (folder / "config.json").exists():
-        convert(dense, data=data, recipe=recipe, base=base_of(dense), work=f"{folder}.work", resume=True, output=folder)
-    model = from_pretrained(folder)
-    work = workload(model, model.plan, (inputs for inputs, _ in batches))
-    spare = gates_share(model, model.plan, work)  # a static width needs no gates: their MACs go to learners
-    for budget in (b for b in args.budgets if b >= model.plan.budget_range[0]):
-        model.set_budget(budget)
-        rows.measure(f"gates @ {budget}", lambda: _row(model, batches, answers))
-        static = static_width(model, model.plan, budget + spare, work)
-        rows.measure(f"static @ {budget}", lambda s=static: _row(model, batches, answers, spare, s))
-    rows.show(
-        {
-            "method": lambda key, _: key,
-            "MACs": lambda _, r: f"{r['macs_ratio']:.3f}",
-            "WER %": lambda _, r: percent(r["wer"]),
-            "agreement %": lambda _, r: percent(r["agreement"]),
-        }
-    )
-
-
-def _row(model: Any, batches: Spoken, answers: Any, spare: float = 0.0, choose: Any = None) -> dict[str, Any]:
-    found = evaluate_at(model, model.plan, batches, answers, choose)
-    found["macs_ratio"] -= spare
-    return {k: v for k, v in found.items() if k != "sites"}
-
-
-def _test(dense: Any, data: str, limit: int | None) -> Spoken:
-    splits = open_audio(data, limit=limit)
-    return Spoken(splits.audio(splits.split("test"), "test", dense.processor.rate), Listener(dense), 16)
+    bench.adaptive("adaptive", args.output / f"adaptive-{args.seed}", recipe, args.budgets, controls=True)
+    rows.show(COLUMNS)
 
 
 def _dense(folder: Path, data: str, seed: int, limit: int | None, epochs: int) -> Any:
     """The trained model in `folder`, trained now where there is none."""
     if not (folder / "config.json").exists():
-        torch.manual_seed(seed)
-        model = tf.Wav2Vec2ForCTC(tf.Wav2Vec2Config(**MODEL))
-        model.processor = _processor(folder)
+        model = untrained(folder, seed)
         splits = open_audio(data, limit=limit)
         _train(model, splits.audio(splits.split("train"), "train", 8000), seed, epochs)
         model.save_pretrained(folder)
         model.processor.save(folder)
     return load_model(str(folder))
+
+
+def untrained(folder: Path, seed: int, config: dict[str, Any] = MODEL) -> Any:
+    """A random model and its processor, whose vocabulary is written into `folder`."""
+    torch.manual_seed(seed)
+    model: Any = tf.Wav2Vec2ForCTC(tf.Wav2Vec2Config(**config)).eval()
+    model.processor = _processor(folder)
+    return model
 
 
 def _processor(folder: Path) -> Processor:
@@ -121,6 +96,16 @@ def _processor(folder: Path) -> Processor:
     return Processor(tf.Wav2Vec2FeatureExtractor(sampling_rate=8000, return_attention_mask=True), tokenizer)
 
 
+def _varied(utterance: Utterance, draw: torch.Generator) -> Utterance:
+    """Spoken up to a sixth slower or faster, louder or softer, with silence around it and a little noise."""
+    speed, gain, before, after, noise = torch.rand(5, generator=draw).tolist()
+    length = round(len(utterance.wave) * (0.85 + 0.3 * speed))
+    wave = F.interpolate(utterance.wave[None, None], length, mode="linear")[0, 0] * (0.5 + gain)
+    wave = F.pad(wave, (round(800 * before), round(800 * after)))
+    wave = wave + 0.02 * noise * wave.std() * torch.randn(len(wave), generator=draw)
+    return replace(utterance, wave=wave)
+
+
 def _train(model: Any, data: AudioSet, seed: int, epochs: int) -> None:
     listener, size = Listener(model), min(BATCH, len(data))
     utterances = list(data)
@@ -128,8 +113,9 @@ def _train(model: Any, data: AudioSet, seed: int, epochs: int) -> None:
     index = {letter: i + 2 for i, letter in enumerate(LETTERS)}
 
     def batches(epoch: int) -> Any:
+        draw = torch.Generator().manual_seed(1000 * seed + epoch)
         for rows in buckets(seconds, size, seed=seed, epoch=epoch):
-            some = [utterances[i] for i in rows]
+            some = [_varied(utterances[i], draw) for i in rows]
             labels = [torch.tensor([index[c] for c in (u.text or "").lower()]) for u in some]
             yield listener.inputs(some), torch.nn.utils.rnn.pad_sequence(labels, True, -100)
 
@@ -140,9 +126,11 @@ def _train(model: Any, data: AudioSet, seed: int, epochs: int) -> None:
         FitConfig(epochs=epochs, lr=LR, weight_decay=0.01, warmup=0.1, seed=seed),
         len(buckets(seconds, size)),
     )
-    model.train()
-    fit(name="dense", model=model, loss=loss, batches=batches, steps_per_epoch=steps, config=config)
-    model.eval()
+    masking = TrainOptions(mask_time=0.15, mask_channels=0.15)
+    with training(model, masking, whole=True):
+        model.train()
+        fit(name="dense", model=model, loss=loss, batches=batches, steps_per_epoch=steps, config=config)
+        model.eval()
 
 
 if __name__ == "__main__":

@@ -53,14 +53,14 @@ def test_neighbours_become_their_weighted_mean(frames: int, r: int) -> None:
     x, sizes = torch.randn(3, frames + 3, 6), torch.randint(1, 4, (3, frames + 3)).float()
     lengths = [frames, frames + 3, frames + 1]
     sizes *= torch.arange(frames + 3) < torch.tensor(lengths)[:, None]
-    holder, stays = neighbours(x, sizes, torch.tensor([r, r, max(r - 2, 0)]))
+    holder = neighbours(x, sizes, torch.tensor([r, r, max(r - 2, 0)]))
     tokens = frames + 3 - r
     found, found_sizes = fold(x, sizes, holder, tokens)
     for i, (length, gone) in enumerate(zip(lengths, (r, r, max(r - 2, 0)), strict=True)):
         means, weights = plainly_merged(x[i, :length], sizes[i, :length].tolist(), gone)
         torch.testing.assert_close(found[i, : length - gone], torch.stack(means))
         assert found_sizes[i].tolist() == weights + [0.0] * (tokens - len(weights))
-        assert stays[i].sum() == length - gone
+        assert holder[i, :length].max() == length - gone - 1
         real = holder[i, :length]
         assert (real.diff() >= 0).all()  # in the order of time
         assert held_together(real).max() <= 3
@@ -116,28 +116,24 @@ def test_every_frame_has_an_output_again(name: str) -> None:
         assert torch.equal(forward(model, inputs).logits, dense.logits)
 
 
-def test_a_token_turns_as_the_frame_it_is_at() -> None:
-    """Moonshine's rotary positions: those of the frame that stayed, at every block."""
+def test_a_token_turns_as_the_mean_of_its_frames() -> None:
+    """Moonshine's rotary positions, at every block."""
     model, _, rule = merging("moonshine")
-    turns: list[torch.Tensor] = []
-    for layer in model.model.encoder.layers:
+    encoder, turns = model.model.encoder, []
+    for layer in encoder.layers:
         layer.self_attn.register_forward_pre_hook(
-            lambda _m, _a, kwargs: turns.append(kwargs["position_embeddings"][0]), with_kwargs=True
+            lambda _m, _a, kwargs: turns.append(kwargs["position_embeddings"]), with_kwargs=True
         )
-    inputs = inputs_for(model)
-    with torch.no_grad():
-        forward(model, inputs)
-        plain = turns[0].clone()
-        turns.clear()
-        set_schedule(model, rule.schedule(0.6))
-        with tracing(model) as trace:
-            forward(model, inputs)
-    for turn, holder in zip(turns, trace, strict=True):
+    set_schedule(model, rule.schedule(0.6))
+    with torch.no_grad(), tracing(model) as trace:
+        forward(model, inputs_for(model, (11000, 11000)))
+    assert trace[-1].max() + 1 < trace[-1].shape[1]
+    for (cos, sin), holder in zip(turns, trace, strict=True):
         for i in range(2):
-            for token in range(turn.shape[1]):
-                frames = (holder[i] == token).nonzero().flatten().tolist()
-                assert any(torch.equal(turn[i, token], plain[0, frame]) for frame in frames)
-    assert turns[-1].shape[1] < plain.shape[1]
+            frames = torch.arange(holder.shape[1], dtype=torch.float32)
+            means = torch.stack([frames[holder[i] == token].mean() for token in range(int(holder[i].max()) + 1)])
+            expected = encoder.rotary_emb(torch.zeros(1), position_ids=means[None])
+            torch.testing.assert_close((cos[i], sin[i]), (expected[0][0], expected[1][0]), rtol=1e-4, atol=1e-5)
 
 
 def test_equal_frames_merge_for_nothing() -> None:

@@ -216,7 +216,7 @@ def test_the_batch_that_sites_are_timed_in(saved: Path, recordings: Path, monkey
         made = convert(dense, data=str(recordings), phases=(), fit_batch=5, **OPTIONS)
         assert asked == [1]
         assert not made.plan.entries
-        assert made.results["results"][-1]["macs_ratio"] < 0.97
+        assert any(made.plan.schedule(0.6))
         return
     with pytest.raises(AcmizeError, match="no site pays on this device in batches of 5;"):  # more than batch_size
         convert(dense, data=str(recordings), phases=(), fit_batch=5, **OPTIONS)

@@ -22,6 +22,12 @@ from acmize.registry import Refused, method_for
 _OUT = ("attn.proj", "o_proj", "out_proj")  # output projections of attention
 
 
+# Merging frames costs little down to a budget of .6, so that gates save their own work alone until then (docs/log.md).
+_FRAMES: dict[str, Any] = {
+    "slope": 1.0, "start": 1.0, "first": (1.0, 0.0), "knees": (0.75, 0.5), "decay": 0.35, "bend": (0.6, 0.8),
+}  # fmt: skip
+
+
 def example_input(model: nn.Module, batch_size: int = 1) -> torch.Tensor:
     """Zeros of the model's own input size, from its timm configuration.
 
@@ -56,7 +62,8 @@ def make_plan(
     Args:
         model: the pretrained model.
         config: config of a registered method, such as `AcmConfig`.
-        example: inputs for one sample, to count MACs; made from the timm configuration when None.
+        example: inputs for one sample, to count MACs; made from the timm configuration when None. For a speech model,
+            one `Inputs` of a typical length (`Speech.example`), which schedules of merging are made for.
         sites: declared sites of a module of one's own, in place of discovery.
         target_modules: globs over sites, or declarations (see `parse_targets`).
         exclude: globs over entries, sites and their modules that stay dense; where that leaves none, and tokens may be
@@ -73,7 +80,7 @@ def make_plan(
     check_declared(model, modules, declared)
     method = method_for(config)
     found = sites_of(model, declared, bool(globs), method.kinds)
-    speech = example is None and hosts_speech.is_speech(model)
+    speech = hosts_speech.is_speech(model) and (example is None or isinstance(example[0], Inputs))
     inputs = example or ((hosts_speech.example_speech(model),) if speech else (example_input(model),))
     work = measure_work(model, *inputs)
     drafts: list[tuple[dict[str, Any], Site]] = []
@@ -217,10 +224,11 @@ def _merging(
         fixed=None if merge == "auto" else int(merge),
         path=where.path,
         neighbours=where.neighbours,
+        **(_FRAMES if where.neighbours else {}),
     )
-    # Frames are merged at so little cost that gates save their own work alone (docs/log.md); without entries, there is
-    # nothing else to save the rest.
-    return replace(merging, slope=1.0, start=1.0) if where.neighbours or not entries else merging
+    return (
+        merging if entries else replace(merging, slope=1.0, start=1.0, bend=(0.0, 1.0))
+    )  # nothing else saves the rest
 
 
 def _complete(

@@ -140,8 +140,10 @@ class Acm(Method):
                 form, widths = "paired", tuple(2 * b for b in pairs)
             macs = tuple(per_unit * heads * (b - a) for a, b in pairwise(widths))
             dim = _width(modules[fused])[1] if shared and fused else inputs
+            # Nothing left of an attention is worse than the first-order damage of its output says (docs/log.md).
+            least = int(kind == "out" and not shared)
             entry = self._entry(
-                fqn, target, kind, form, widths, heads, macs, dim, len(parts) if shared else 1, config, site
+                fqn, target, kind, form, widths, heads, macs, dim, len(parts) if shared else 1, config, site, least
             )
             entries.append({**entry, "gate_at": fused if shared else target})
         return entries

@@ -45,7 +45,7 @@ def places(x_BTD: Tensor, sizes_BT: Tensor, r: int, prefix: int) -> Tensor:
 
 
 @torch.no_grad()
-def neighbours(x_BTD: Tensor, sizes_BT: Tensor, r_B: Tensor) -> tuple[Tensor, Tensor]:
+def neighbours(x_BTD: Tensor, sizes_BT: Tensor, r_B: Tensor) -> Tensor:
     """The even frames of each recording that are cheapest to merge with one of the odd ones beside them.
 
     Args:
@@ -54,7 +54,7 @@ def neighbours(x_BTD: Tensor, sizes_BT: Tensor, r_B: Tensor) -> tuple[Tensor, Te
         r_B: how many of them go, at most half of those that are real.
 
     Returns:
-        (B, T) where each frame goes: its place, in the order of time, among those that are left; and (B, T) which stay.
+        (B, T) where each frame goes: its place, in the order of time, among those that are left.
     """
     x, sizes = x_BTD.float(), sizes_BT.float()
     left, right = sizes[:, :-1], sizes[:, 1:]
@@ -67,7 +67,7 @@ def neighbours(x_BTD: Tensor, sizes_BT: Tensor, r_B: Tensor) -> tuple[Tensor, Te
     to, stays = places.repeat(len(x), 1), sizes > 0
     to[:, ::2] += cheap * torch.where(before < behind, -1, 1)
     stays[:, ::2] &= ~cheap
-    return (stays.cumsum(-1) - 1).gather(1, to), stays
+    return (stays.cumsum(-1) - 1).gather(1, to)
 
 
 def fold(x_BTD: Tensor, sizes_BT: Tensor, holder_BT: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -80,6 +80,11 @@ def fold(x_BTD: Tensor, sizes_BT: Tensor, holder_BT: Tensor, tokens: int) -> tup
     total = x_BTD.new_zeros(len(sizes), x_BTD.shape[2])
     total = total.index_add(0, target, (x_BTD * sizes_BT[..., None]).flatten(0, 1))
     return (total / sizes.clamp_min(1.0)[:, None]).unflatten(0, shape), sizes.view(shape)
+
+
+def scaled(r: int, tokens: int, reference: int) -> int:
+    """Pairs to merge of so many tokens where r of `reference` are merged, rounded."""
+    return (2 * r * tokens + reference) // (2 * reference)
 
 
 def held_together(holder: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acmize.methods.merge_pairs import fold, merge, neighbours, places
+from acmize.methods.merge_pairs import fold, merge, neighbours, places, scaled
 from acmize.padding import Padding, class_path
 
 # --- hooks ----------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ class Frames:
         counts: real frames of each recording at the first block.
         left: tokens of each recording now.
         holder: (B, T) the token that holds each frame of the first block; None before the first merge.
-        at: (B, T') the frame that each token stands at, likewise.
+        at: (B, T') where in time each token is, in frames, likewise.
     """
 
     counts: list[int]
@@ -131,7 +131,7 @@ class MergeHook:
 
 
 class FrameMergeHook(MergeHook):
-    """Pre-forward hook of a block of a speech encoder: merges neighbours, and turns rotary positions with them.
+    """Pre-forward hook of a block of a speech encoder: merges neighbours; a token turns as the mean of its positions.
 
     `r` is for a recording of `reference` frames; a longer one merges as much more. Padding has size 0: it is merged
     with nothing, and log(0) hides it from the attention.
@@ -140,12 +140,15 @@ class FrameMergeHook(MergeHook):
         state: shared by the hooks of a model.
         first: this is the first block, whose `recorder` is told how many frames there are.
         reference: frames that `r` is for.
-        padding: of the encoder, where its modules ask which tokens are real.
+        encoder: whose `padding` tells its modules which tokens are real, and whose `rotary_emb` turns them, if it has
+            them.
     """
 
-    def __init__(self, state: MergeState, first: bool, reference: int, padding: Padding | None) -> None:
+    def __init__(self, state: MergeState, first: bool, reference: int, encoder: Any) -> None:
         super().__init__(state, 0, 0, first)
-        self.reference, self.padding = reference, padding
+        self.reference = reference
+        self.padding: Padding | None = getattr(encoder, "padding", None)
+        self.rotary = getattr(encoder, "rotary_emb", None)
 
     def __call__(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """`(x, ...)` -> the same with x merged, and mask and positions of what is left."""
@@ -163,9 +166,8 @@ class FrameMergeHook(MergeHook):
             state.trace.append(every if frames.holder is None else frames.holder)
         if state.sizes is None or frames.at is None:
             return args, kwargs
-        turns = kwargs.get("position_embeddings")
-        if turns is not None:
-            kwargs = {**kwargs, "position_embeddings": tuple(t.expand(len(x), -1, -1)[_each(frames.at)] for t in turns)}
+        if self.rotary is not None:
+            kwargs = {**kwargs, "position_embeddings": self.rotary(x, position_ids=frames.at)}
         if len(args) > 1:
             return (x, state.mask(x.dtype), *args[2:]), kwargs
         return (x,), {**kwargs, "attention_mask": state.mask(x.dtype)}
@@ -183,12 +185,12 @@ class FrameMergeHook(MergeHook):
     def _merged(self, x: Tensor, sizes: Tensor) -> Tensor:
         frames = self._frames
         pairs = zip(frames.counts, frames.left, strict=True)
-        r = [min(int(self.r) * count // self.reference, left // 2) for count, left in pairs]
-        holder, stays = neighbours(x, sizes, torch.tensor(r, device=x.device))
+        r = [min(scaled(int(self.r), count, self.reference), left // 2) for count, left in pairs]
+        holder = neighbours(x, sizes, torch.tensor(r, device=x.device))
         frames.left = [left - gone for left, gone in zip(frames.left, r, strict=True)]
+        at = torch.arange(x.shape[1], device=x.device).expand(len(x), -1) if frames.at is None else frames.at
+        frames.at = fold(at[..., None].to(sizes), sizes, holder, max(frames.left))[0][..., 0]
         x, self.state.sizes = fold(x, sizes, holder, max(frames.left))
-        at = torch.arange(stays.shape[1], device=x.device).expand_as(stays) if frames.at is None else frames.at
-        frames.at = at.new_zeros(x.shape[:2]).scatter_reduce(1, holder, at * stays, "amax")
         frames.holder = holder if frames.holder is None else holder.gather(1, frames.holder)
         if self.padding is not None and min(frames.left) < max(frames.left):
             self.padding.publish(self.state.sizes > 0)
@@ -294,12 +296,12 @@ def install_merging(model: Any, tokens: int = 1) -> None:
     assert isinstance(found, Blocks), found
     state = MergeState()
     blocks: list[Any] = list(model.get_submodule(found.path).children())
-    padding: Any = getattr(model.get_submodule(found.path.rpartition(".")[0]), "padding", None)
+    encoder = model.get_submodule(found.path.rpartition(".")[0])
     for i, block in enumerate(blocks):
         if not found.neighbours:
             block.register_forward_pre_hook(MergeHook(state, 0, found.prefix, i == 0), with_kwargs=True)
             continue
-        hook = FrameMergeHook(state, i == 0, tokens, padding)
+        hook = FrameMergeHook(state, i == 0, tokens, encoder)
         block.register_forward_pre_hook(hook, with_kwargs=True)
         if block is blocks[0]:
             block.recorder = None
