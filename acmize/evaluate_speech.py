@@ -1,7 +1,7 @@
 """Word error rate against executed MACs of a speech model, at a list of budgets.
 
-Words are compared lower-cased, without punctuation, white space run together (`normalise`): jiwer's WER and CER over
-all utterances. Without transcripts, what is left is the agreement with the dense model's own.
+Words are compared lower-cased, hyphens as spaces, without punctuation, white space run together (`normalise`): jiwer's
+WER and CER over all utterances. Without transcripts, what is left is the agreement with the dense model's own.
 
 Shapes: B samples, T frames, U tokens, C classes.
 """
@@ -21,7 +21,7 @@ from acmize.audio import Utterance
 from acmize.cost import evaluating
 from acmize.gates import Choose, Recorder, choosing, record
 from acmize.inputs import Inputs, counted, forward
-from acmize.methods.merge_pairs import held_together
+from acmize.merge_pairs import held_together
 from acmize.methods.token_merging import schedule_of, tracing
 from acmize.plan import Plan
 from acmize.speech import Listener, Spoken
@@ -31,8 +31,8 @@ _STRIP = str.maketrans("", "", string.punctuation)
 
 
 def normalise(text: str) -> str:
-    """Lower-cased, ASCII punctuation stripped, white space run together."""
-    return " ".join(text.lower().translate(_STRIP).split())
+    """Lower-cased, hyphens as spaces, other ASCII punctuation stripped, white space run together."""
+    return " ".join(text.lower().replace("-", " ").translate(_STRIP).split())
 
 
 def error_rates(references: Sequence[str], hypotheses: Sequence[str]) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from acmize.errors import AcmizeError
-from acmize.methods.merge_pairs import scaled
+from acmize.merge_pairs import scaled
 from acmize.registry import config_class, method_for
 
 SCHEMA = 1

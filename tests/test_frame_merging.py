@@ -14,7 +14,7 @@ from acmize.gates import record, set_dial
 from acmize.hosts import make_plan
 from acmize.inputs import Inputs, forward
 from acmize.insert import convert_
-from acmize.methods.merge_pairs import fold, held_together, neighbours
+from acmize.merge_pairs import fold, held_together, neighbours
 from acmize.methods.token_merging import hooks_of, install_merging, set_schedule, tracing
 from acmize.plan import Merging, Plan
 

@@ -20,7 +20,7 @@ ORDER = (
     ("registry",),
     ("kernels",),
     ("inputs", "padding"),
-    ("ops", "cost", "cut", "importance"),  # cost counts the work of any module and knows nothing of ours
+    ("ops", "cost", "cut", "importance", "merge_pairs"),  # cost counts the work of any module and knows nothing of ours
     ("gates",),
     ("layers",),
     ("adaptive", "channels", "branches"),

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acmize.methods.merge_pairs import fold, merge, neighbours, places, scaled
+from acmize.merge_pairs import fold, merge, neighbours, places, scaled
 from acmize.padding import Padding, class_path
 
 # --- hooks ----------------------------------------------------------------------------------------------------

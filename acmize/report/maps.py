@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from acmize.gates import Recorder, record
-from acmize.methods.merge_pairs import held_together
+from acmize.merge_pairs import held_together
 from acmize.methods.token_merging import tracing
 from acmize.plan import PlanEntry
 
