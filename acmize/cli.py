@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from acmize import cli_saved
+from acmize import cli_saved, parallel
 from acmize.__about__ import __version__
 from acmize.console import AsJson, DenseWeights, Device, NoCompile, err, out, percent, table_of
 from acmize.errors import AcmizeError
@@ -42,7 +43,7 @@ Config = Annotated[Path | None, typer.Option(help="YAML file with any option of 
 def main() -> None:
     """Entry point: user errors become one line and exit status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("acmize").setLevel(logging.INFO)
+    logging.getLogger("acmize").setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
     try:
         with stopping_on_sigterm():
             app(standalone_mode=True)
@@ -197,8 +198,12 @@ def convert(
     dense = load_model(model, weights)
     if target_ms is not None:
         _images_only(dense, "--budget as a time")
+        if parallel.join(next(dense.parameters()).device) > 1:
+            raise AcmizeError("--budget as a time: found several processes, expected one to measure; give a share")
     work = output.absolute().with_name(output.absolute().name + ".work")
     made = run(dense, data=data, recipe=recipe, base=base_of(dense), work=work, resume=resume, output=output)
+    if not parallel.is_main():
+        return
     met = target_ms is None or _keep_time(made, dense, data, output, target_ms, latency_batch)
     _report(made.results, as_json)
     if not met:
@@ -230,6 +235,8 @@ def _keep_time(model: Any, dense: Any, data: str, output: Path, target_ms: float
 
 
 def _report(results: dict[str, Any], as_json: bool) -> None:
+    if not parallel.is_main():
+        return
     if as_json:
         print(json.dumps(results))
     else:
