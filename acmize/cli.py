@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from acmize import cli_saved, parallel
+from acmize import cli_saved
 from acmize.__about__ import __version__
 from acmize.console import AsJson, DenseWeights, Device, NoCompile, err, out, percent, table_of
 from acmize.errors import AcmizeError
@@ -173,10 +173,12 @@ def convert(
     fit_batch: Annotated[int | None, typer.Option(help="leave dense what does not pay here in such batches")] = None,
     batch_size: Annotated[int | None, typer.Option(help="of every phase")] = None,
     seed: Annotated[int | None, typer.Option(help="of everything drawn")] = None,
+    device: Device = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="go on from an unfinished conversion")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a pretrained model adaptive, measure it and save it."""
+    from acmize import parallel
     from acmize.api import convert as run
     from acmize.hub import base_of, check_replaceable
     from acmize.latency import parse_budget
@@ -195,7 +197,7 @@ def convert(
         flags["train"] = {"epochs": epochs}
     recipe = _recipe(preset, config, flags)
     check_replaceable(output)
-    dense = load_model(model, weights)
+    dense = load_model(model, weights).to(parallel.placed(device))
     if target_ms is not None:
         _images_only(dense, "--budget as a time")
         if parallel.join(next(dense.parameters()).device) > 1:
@@ -235,6 +237,8 @@ def _keep_time(model: Any, dense: Any, data: str, output: Path, target_ms: float
 
 
 def _report(results: dict[str, Any], as_json: bool) -> None:
+    from acmize import parallel
+
     if not parallel.is_main():
         return
     if as_json:

@@ -54,6 +54,17 @@ def join(device: torch.device) -> int:
     return processes()
 
 
+def placed(device: str) -> torch.device:
+    """A device by name; of several GPUs, the one of this process.
+
+    Raises:
+        AcmizeError: there is no GPU.
+    """
+    if device != "cpu" and not torch.cuda.is_available():
+        raise AcmizeError(f"--device {device}: found no GPU that torch can use, expected one; use --device cpu")
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device)
+
+
 def processes() -> int:
     """How many processes work on this together."""
     return 1 if _state.apart or not dist.is_initialized() else dist.get_world_size()
@@ -326,6 +337,6 @@ def from_owner_(module: nn.Module, owner: int) -> None:
 
 __all__ = [
     "Rows", "any_of", "apart", "from_main", "from_owner_", "gather", "gather_objects", "idle", "in_step", "is_main",
-    "join", "mean", "offsets", "owners", "part", "places", "processes", "rank", "rows_of", "spread", "subset",
+    "join", "mean", "offsets", "owners", "part", "placed", "places", "processes", "rank", "rows_of", "spread", "subset",
     "to_owner", "total", "total_", "variance", "wait",
 ]  # fmt: skip

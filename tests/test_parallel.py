@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("parallel")
     worker.record_noise(made / "recordings")
     running = launched(made)
-    printed, errors = running.communicate(timeout=300)
+    printed, errors = running.communicate(timeout=900)
     assert running.returncode == 0, errors[-3000:]
     assert printed == ""
     return made

@@ -135,7 +135,7 @@ def finetune(
         terms["task"] = task(logits, inputs, labels)
         terms["features"] = _relative(features, teacher_features)
         spent, dense = plan.account(seen.differentiable(), seen.tokens, plan.schedule(budget))
-        compute = parallel.gather(spent / dense)
+        compute = parallel.gather((spent / dense).float())  # of doubles, where a process has padded samples
         terms["budget"] = budget_loss(compute, budget)
         terms["diversity"] = diversity_loss(compute)
         terms["entropy"] = entropy_loss(_soft_choices(seen)) if losses.entropy and seen.seen else logits.new_zeros(())
