@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from acmize import parallel
 from acmize.audio import open_audio
 from acmize.batches import mixup
 from acmize.checkpoint import load_tensors, read_json, save_tensors, write_json
 from acmize.compensate import compensate_
 from acmize.damage import collect_damage
 from acmize.diagnose import Finding, check_gates, check_sites
-from acmize.environment import environment
+from acmize.environment import environment, peak_bytes
 from acmize.errors import AcmizeError
 from acmize.evaluate import evaluate, mean_error, reference
 from acmize.gates import choosing, full_width, set_dial
@@ -35,8 +36,8 @@ from acmize.hosts import make_plan
 from acmize.hosts_speech import is_speech
 from acmize.hub import base_of, make_adaptive, save_pretrained
 from acmize.images import Batches, Images, images_to_test
-from acmize.init import collect_moments, init_
-from acmize.insert import convert_
+from acmize.init import initialise_
+from acmize.insert import converted
 from acmize.methods.token_merging import set_schedule
 from acmize.models import load_model
 from acmize.phases.calibrate import Calibration, calibrate, set_budget
@@ -94,6 +95,7 @@ def convert(
         recipe = resolve(options)
     elif options:
         raise TypeError(f"give a recipe or options, not both: found {sorted(options)}")
+    parallel.join(next(model.parameters()).device)
     if budget is not None:
         recipe = Recipe(**{**{f: getattr(recipe, f) for f in recipe.__dataclass_fields__}, "budget": budget})
     speech = Speech(data, model, recipe) if is_speech(model) else None
@@ -107,10 +109,12 @@ def convert(
     made = _Conversion(model, plan, recipe, samples, work, resume).run(base)
     if is_speech(model):
         made.processor = processor_of(model)
-    if output is not None:
-        save_pretrained(made, output)
-    if work is not None:
-        shutil.rmtree(work)
+    if parallel.is_main():
+        if output is not None:
+            save_pretrained(made, output)
+        if work is not None:
+            shutil.rmtree(work)
+    parallel.wait()
     return made
 
 
@@ -128,21 +132,31 @@ class _Conversion:
     ) -> None:
         self.dense, self.plan, self.recipe = dense.eval(), plan, recipe
         self.images: Any = images  # of either kind: what differs is inside
-        self.model = convert_(copy.deepcopy(dense), plan).eval()
+        self.model = converted(dense, plan).eval()
         self.work = None if work is None else Path(work)
         self.left_dense: dict[str, str] = {}  # entry -> why, beyond the plan that was made first
         self.findings: list[Finding] = []
         self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, float] = {}  # largest resident memory so far, GB
         self.measured: dict[str, Any] = {}  # by stages, beside the weights
         self.calibration: Calibration | None = None
         # Where gradients reach every choice of every token, memory is that of the activations, many times over.
-        self.small_batch = min(20 if plan.macs_dense < 8e9 else 8, recipe.batch_size)
+        self.small_batch = min(
+            20 if plan.macs_dense < 8e9 else max(2, round(1.4e11 / plan.macs_dense)), recipe.batch_size
+        )
         self._check_labels()
+        few = min(len(self.images.fit), len(self.images.held))
+        if few < parallel.processes():
+            found = f"{few} samples to fit on or held out, for {parallel.processes()} processes"
+            raise AcmizeError(f"data {self.images.name}: found {found}, expected one each; give more, or start fewer")
         if self.work is not None:
-            if not resume and self.work.exists():
-                shutil.rmtree(self.work)
-            self.work.mkdir(parents=True, exist_ok=True)
+            if parallel.is_main():
+                if not resume and self.work.exists():
+                    shutil.rmtree(self.work)
+                self.work.mkdir(parents=True, exist_ok=True)
+            parallel.wait()
             self._same_recipe()
+            parallel.wait()
 
     def _same_recipe(self) -> None:
         path = self.work / "recipe.json"  # pyright: ignore[reportOptionalOperand]
@@ -159,7 +173,8 @@ class _Conversion:
                     "give the same ones, or leave --resume out to start anew"
                 )
             return
-        write_json(path, mine)
+        if parallel.is_main():
+            write_json(path, mine)
 
     def _check_labels(self) -> None:
         """What finetune would only find out after the other phases."""
@@ -203,7 +218,7 @@ class _Conversion:
         else:
             inputs = max(self.images.batches(self.images.fit, size, size=size), key=len)
             size = len(inputs)  # fewer where there are no more, or where samples go one by one
-            times = site_times(self.dense, self.plan, inputs, self.recipe.seed)
+            times = parallel.from_main(site_times(self.dense, self.plan, inputs, self.recipe.seed))
             for t in times:
                 told = f"{t.dense_ms:.2f} ms dense, {t.adaptive_ms:.2f} ms at half of the learners"
                 log.info(
@@ -217,7 +232,7 @@ class _Conversion:
                         "merge tokens (--merge auto), or leave it out"
                     )
                 log.info("no site pays in batches of %d: tokens are merged, and nothing else", size)
-            if kept is not None:
+            if kept is not None and parallel.is_main():
                 write_json(kept, {"names": names, "size": size})
         self._replan(names, f"does not pay on this device in batches of {size}")
         self.plan.check_budget(self.recipe.budget)
@@ -242,12 +257,13 @@ class _Conversion:
         torch.manual_seed(self.recipe.seed)
         before = len(self.findings)
         run()
-        self.seconds[name] = time.perf_counter() - start
-        if done is not None and told is not None:
+        self.seconds[name], self.peaks[name] = time.perf_counter() - start, peak_bytes() / 1e9
+        if done is not None and told is not None and parallel.is_main():
             found = [f.to_dict() for f in self.findings[before:]]
             write_json(told, {"seconds": self.seconds[name], "findings": found, "measured": self.measured})
             save_tensors(done, self.model.state_dict())
-        log.info("%s: %.0f s", name, self.seconds[name])
+        parallel.wait()
+        log.info("%s: %.0f s, memory up to %.2f GB", name, self.seconds[name], self.peaks[name])
 
     def _checkpoint(self) -> dict[str, Any]:
         return {"checkpoint": self.work, "resume": self.work is not None}
@@ -255,8 +271,11 @@ class _Conversion:
     def _init(self) -> None:
         if not self.plan.exact or not self.plan.entries:
             return
-        batches = self.images.batches(self.images.fit, self.recipe.moments)
-        init_(self.model, self.dense, self.plan, collect_moments(self.dense, self.plan, batches))
+
+        def batches() -> Iterator[Any]:
+            return self.images.batches(self.images.fit, self.recipe.moments)
+
+        initialise_(self.model, self.dense, self.plan, batches)
 
     def _source(self) -> nn.Module:
         """What local inputs and targets come from: the dense model, or its equal in the rotated basis."""
@@ -270,7 +289,8 @@ class _Conversion:
         batches, steps = self.images.epochs(self.images.augmented, self.recipe.seed)
         history = distill(
             self.model, self._source(), batches, steps_per_epoch=steps, tokens=options.tokens,
-            config=self.recipe.loop(epochs=options.epochs, lr=options.lr), **self._checkpoint(),
+            config=self.recipe.loop(epochs=options.epochs, lr=options.lr), by_site=options.by_site,
+            **self._checkpoint(),
         )  # fmt: skip
         failed = check_sites(history.last, self.recipe.max_error)
         self.findings += failed
@@ -287,7 +307,7 @@ class _Conversion:
         own = self.model.state_dict()
         kept = {k: v for k, v in learned.items() if k in own and v.shape == own[k].shape}
         self.model.load_state_dict({**own, **kept})
-        if self.work is not None:
+        if self.work is not None and parallel.is_main():
             write_json(self.work / "dense.json", {"names": names, "reason": reason})
 
     def _replan(self, names: list[str], reason: str) -> None:
@@ -302,7 +322,7 @@ class _Conversion:
             plan = replace(plan, merging=replace(plan.merging, every=2))
         kept = [r for r in plan.refused if r.fqn not in left]
         self.plan = replace(plan, refused=(*kept, *(Refusal(fqn=name, reason=why) for name, why in left.items())))
-        self.model = convert_(copy.deepcopy(self.dense), self.plan).eval()
+        self.model = converted(self.dense, self.plan).eval()
 
     def _gates(self) -> None:
         options, seed = self.recipe.gates, self.recipe.seed
@@ -364,7 +384,7 @@ class _Conversion:
             history = finetune(
                 self.model, self.dense, self.plan, self.calibration, batches, steps_per_epoch=steps, losses=losses,
                 config=loop, task=self.images.task, mix=mix, gates={k: v for k, v in gates.items() if v is not None},
-                **self._checkpoint(),
+                shard=train.shard, **self._checkpoint(),
             )  # fmt: skip
         self.measured["finetune_loss"] = [round(terms["loss"], 4) for terms in history.logs]
         if train.interpolate:
@@ -373,7 +393,7 @@ class _Conversion:
 
     def _held_out_error(self) -> Callable[[], float]:
         """Mean error (KL, where no label was trained on) on the held-out images of the model as it then stands."""
-        held = self.images.labelled(self.images.held)
+        held = self._labelled(self.images.held)
         dense = reference(self.dense, held)
 
         def error() -> float:
@@ -393,10 +413,14 @@ class _Conversion:
         reachable = [b for b in budgets if b >= floor] or [floor + 0.01]
         return calibrate(self.model, self.plan, batches, reachable, tolerance=tolerance)
 
+    def _labelled(self, which: Any) -> Any:
+        """Labelled batches of this process's share of a set."""
+        return self.images.labelled(parallel.subset(which))
+
     def _evaluate(self, budgets: Sequence[float]) -> dict[str, Any]:
         assert self.calibration is not None
         which = self.images.test if self.images.test is not None else self.images.held
-        batches = self.images.labelled(which)
+        batches = self._labelled(which)
         dense = reference(self.dense, batches)
         results = evaluate(self.model, self.plan, self.calibration, batches, dense, budgets)
         set_budget(self.model, self.plan, self.calibration, self.recipe.budget)
@@ -408,8 +432,8 @@ class _Conversion:
         return results
 
     def _described(self) -> dict[str, Any]:
-        told = {"data": self.recipe.data or self.images.name, "seconds": self.seconds, **self.measured}
-        return {**self.recipe.to_dict(), **told}
+        told = {"data": self.recipe.data or self.images.name, "seconds": self.seconds, "peak_gb": self.peaks}
+        return {**self.recipe.to_dict(), **told, **self.measured}
 
 
 def evaluate_saved(
@@ -438,10 +462,11 @@ def evaluate_saved(
     """
     if dense is None:
         dense = dense_from(model, weights)
+    parallel.join(next(model.parameters()).device)
     if is_speech(model):
         return _evaluate_saved_speech(model, data, budgets, dense, limit)
     images, which, _ = images_to_test(data, model, limit=limit, seed=seed)
-    batches = Batches(images, batch_size, next(model.parameters()).device)
+    batches = Batches(parallel.subset(images), batch_size, next(model.parameters()).device)
     answers = answers_of(model, dense, batches)
     saved = [row["budget"] for row in model.results.get("results", [])]
     results = evaluate(model, model.plan, model.calibration, batches, answers, budgets or saved or (0.5,))
@@ -473,7 +498,7 @@ def _evaluate_saved_speech(
     which = "test" if splits.test is not None else "train"
     teacher = model if dense is None else dense
     listener = Listener(teacher)
-    batches = Spoken(splits.audio(splits.split(which), which, listener.processor.rate), listener)
+    batches = Spoken(parallel.subset(splits.audio(splits.split(which), which, listener.processor.rate)), listener)
     answers = answers_of(model, dense, batches)
     saved = [row["budget"] for row in model.results.get("results", [])]
     results = evaluate(model, model.plan, model.calibration, batches, answers, budgets or saved or (0.5,))

@@ -21,6 +21,7 @@ from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
+from acmize import parallel
 from acmize.errors import AcmizeError
 
 
@@ -86,6 +87,23 @@ class EpochSampler(Sampler[int]):
         return iter(numpy_generator(Stream.ORDER, self.seed, self.epoch).permutation(self.size).tolist())
 
 
+class OwnRows(Sampler[list[int]]):
+    """Of each batch of indices, those that this process reads.
+
+    Args:
+        batches: of every process's indices.
+    """
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (indices[parallel.part(len(indices))] for indices in self.batches)
+
+
 class Loader(DataLoader):
     """A `DataLoader` of batches `(x_BCHW, labels_B int64)`; made by `loader`."""
 
@@ -97,6 +115,20 @@ class Loader(DataLoader):
         for part in (self.sampler, self.dataset):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)  # type: ignore[union-attr]
+
+    def own(self) -> DataLoader:
+        """The same batches in this process's part.
+
+        Raises:
+            AcmizeError: A batch has fewer items than there are processes.
+        """
+        if (self.batch_size or 1) < parallel.processes():
+            found = f"{self.batch_size} for {parallel.processes()} processes"
+            raise AcmizeError(f"batch_size: found {found}, expected one a process at least; make it larger")
+        if parallel.processes() == 1:
+            return self
+        options: Any = {"num_workers": self.num_workers, "generator": self.generator}
+        return DataLoader(self.dataset, batch_sampler=OwnRows(self.batch_sampler), **options)
 
 
 def loader(

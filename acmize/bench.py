@@ -13,9 +13,7 @@ import copy
 import ctypes
 import dataclasses
 import logging
-import re
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from acmize import ops
 from acmize.api import dense_from
 from acmize.cost import evaluating
 from acmize.data import ImageSet, open_images
+from acmize.environment import peak_bytes
 from acmize.errors import AcmizeError
 from acmize.gates import gates_of
 from acmize.hub import build_base
@@ -204,18 +203,6 @@ def _fresh_peak() -> int:
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return peak_bytes()
-
-
-def peak_bytes() -> int:
-    """Largest resident size of this process so far."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        if found is not None:
-            return 1024 * int(found[1])
-    import resource
-
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest if sys.platform == "darwin" else 1024 * largest
 
 
 # --- models ---------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,7 +43,7 @@ Config = Annotated[Path | None, typer.Option(help="YAML file with any option of 
 def main() -> None:
     """Entry point: user errors become one line and exit status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("acmize").setLevel(logging.INFO)
+    logging.getLogger("acmize").setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
     try:
         with stopping_on_sigterm():
             app(standalone_mode=True)
@@ -172,10 +173,12 @@ def convert(
     fit_batch: Annotated[int | None, typer.Option(help="leave dense what does not pay here in such batches")] = None,
     batch_size: Annotated[int | None, typer.Option(help="of every phase")] = None,
     seed: Annotated[int | None, typer.Option(help="of everything drawn")] = None,
+    device: Device = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="go on from an unfinished conversion")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a pretrained model adaptive, measure it and save it."""
+    from acmize import parallel
     from acmize.api import convert as run
     from acmize.hub import base_of, check_replaceable
     from acmize.latency import parse_budget
@@ -194,11 +197,15 @@ def convert(
         flags["train"] = {"epochs": epochs}
     recipe = _recipe(preset, config, flags)
     check_replaceable(output)
-    dense = load_model(model, weights)
+    dense = load_model(model, weights).to(parallel.placed(device))
     if target_ms is not None:
         _images_only(dense, "--budget as a time")
+        if parallel.join(next(dense.parameters()).device) > 1:
+            raise AcmizeError("--budget as a time: found several processes, expected one to measure; give a share")
     work = output.absolute().with_name(output.absolute().name + ".work")
     made = run(dense, data=data, recipe=recipe, base=base_of(dense), work=work, resume=resume, output=output)
+    if not parallel.is_main():
+        return
     met = target_ms is None or _keep_time(made, dense, data, output, target_ms, latency_batch)
     _report(made.results, as_json)
     if not met:
@@ -230,6 +237,10 @@ def _keep_time(model: Any, dense: Any, data: str, output: Path, target_ms: float
 
 
 def _report(results: dict[str, Any], as_json: bool) -> None:
+    from acmize import parallel
+
+    if not parallel.is_main():
+        return
     if as_json:
         print(json.dumps(results))
     else:

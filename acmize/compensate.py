@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from acmize import parallel
 from acmize.adaptive import AcmMlp, AcmOut
 from acmize.cost import evaluating
 from acmize.gates import AdaptiveModule, Decision, record
@@ -53,7 +54,7 @@ def compensate_(model: nn.Module, batches: Iterable[Batch], shrink: float = 200.
     handles = [m.register_forward_pre_hook(lambda m, args: inputs.__setitem__(m, args[0])) for m in sites]
     try:
         with evaluating(model):
-            for batch in batches:
+            for batch in parallel.spread(batches):
                 with record(model, len(batch), keep_inputs=True) as seen:
                     forward(model, batch)
                 own = {module: decision for module, _, decision in seen.seen}
@@ -64,6 +65,7 @@ def compensate_(model: nn.Module, batches: Iterable[Batch], shrink: float = 200.
     finally:
         for handle in handles:
             handle.remove()
+    parallel.total_(each for own in sums.values() for each in (own.total, own.count))
     for module, fc in sites.items():
         _refit(fc, sums[module], shrink)
 

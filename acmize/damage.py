@@ -15,24 +15,49 @@ Shapes: B samples, M tokens, D input width, G groups of a gate, N learners.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acmize import parallel
 from acmize.gates import AdaptiveModule, Choose, Gate, choosing, record
 from acmize.inputs import Batch, counted, forward, logits_of
 
 
 @dataclass
 class GateData:
-    """What one gate is fitted on: `x` (M, D) its inputs, `damage` (M, G, N), `dial` (M, 1) where the dial stood."""
+    """What one gate is fitted on: `x` (M, D) its inputs, `damage` (M, G, N), `dial` (M, 1) where the dial stood.
+
+    With several processes these are the rows that this one collected, and `place` says where each of all rows lies in
+    them, -1 where with another process.
+    """
 
     x: Tensor
     damage: Tensor
     dial: Tensor
+    place: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.x) if self.place is None else len(self.place)
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """This process's rows among `count` drawn from those of all."""
+        drawn = torch.randint(len(self), (min(count, len(self)),), generator=generator)
+        if self.place is None:
+            return drawn
+        here = self.place[drawn]
+        return here[here >= 0]
+
+    @classmethod
+    def joined(cls, parts: Sequence[tuple[Tensor, Tensor, Tensor]], own: Sequence[Tensor]) -> GateData:
+        """From batches of (x, damage, dial), and masks of which of all rows were this process's."""
+        x, damage, dial = (torch.cat(each) for each in zip(*parts, strict=True))
+        mask = torch.cat(list(own))
+        place = None if parallel.processes() == 1 else (mask.cumsum(0) - 1).masked_fill(~mask, -1)
+        return cls(x, damage, dial, place)
 
 
 @dataclass
@@ -40,9 +65,10 @@ class _Rows:
     x: list[Tensor] = field(default_factory=list)
     damage: list[Tensor] = field(default_factory=list)
     dial: list[Tensor] = field(default_factory=list)
+    own: list[Tensor] = field(default_factory=list)
 
     def joined(self) -> GateData:
-        return GateData(torch.cat(self.x), torch.cat(self.damage), torch.cat(self.dial))
+        return GateData.joined(list(zip(self.x, self.damage, self.dial, strict=True)), self.own)
 
 
 def collect_damage(
@@ -78,12 +104,15 @@ def collect_damage(
     for p in frozen:
         p.requires_grad_(False)
     try:
-        for batch in batches:
-            with torch.autocast(batch.device.type, torch.bfloat16, enabled=bf16):
+        for whole in batches:
+            with (
+                parallel.rows_of(whole).counted() as batch,
+                torch.autocast(batch.device.type, torch.bfloat16, enabled=bf16),
+            ):
                 with torch.no_grad():
                     probabilities = counted(logits_of(forward(teacher, batch)), batch).float().softmax(-1)
-                drawn = torch.multinomial(probabilities.cpu(), draws, replacement=True, generator=generator)
-                _one_batch(model, batch, drawn.to(probabilities.device), choose, generator, keep_tokens, rows)
+                drawn = _drawn(probabilities, draws, generator)
+                _one_batch(model, batch, len(whole), drawn, choose, generator, keep_tokens, rows)
     finally:
         model.train(training)
         for p in frozen:
@@ -91,9 +120,18 @@ def collect_damage(
     return {gate: rows.pop(gate).joined() for gate in list(rows)}  # one after the other: they are gigabytes
 
 
+def _drawn(probabilities: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """(rows, draws) classes; drawn for the rows of all processes, so that they do not depend on whose they are."""
+    ((before, _),) = parallel.offsets([len(probabilities)], probabilities.device)
+    before = 0 if parallel.idle() else before  # the sample that is run for company is the first
+    drawn = torch.multinomial(parallel.gather(probabilities).cpu(), draws, replacement=True, generator=generator)
+    return drawn[before:][: len(probabilities)].to(probabilities.device)
+
+
 def _one_batch(
     model: nn.Module,
     batch: Batch,
+    samples: int,
     drawn: Tensor,
     choose: Choose | None,
     generator: torch.Generator,
@@ -110,25 +148,17 @@ def _one_batch(
             for i, grad in enumerate(grads):
                 left_out = grad.flip(-1).cumsum(-1).flip(-1)
                 damages[i] = damages[i] + left_out.square() / drawn.shape[1]
+    found: list[tuple[AdaptiveModule, Tensor, Tensor]] = []
     for (module, x, decision), damage in zip(seen.seen, damages, strict=True):
-        if decision.valid is not None:
-            x, damage = x[decision.valid], damage[decision.valid]  # pyright: ignore[reportIndexIssue]
-        share = max(keep_tokens, len(batch) / x[..., 0].numel())
-        _keep_rows(module, x, damage, generator, share, rows)  # pyright: ignore[reportArgumentType]
-
-
-def _keep_rows(
-    module: AdaptiveModule,
-    x: Tensor,
-    damage: Tensor,
-    generator: torch.Generator,
-    share: float,
-    rows: dict[Gate, _Rows],
-) -> None:
-    x, damage = x.detach().flatten(0, -2), damage.flatten(0, -3)
-    count = max(1, round(min(share, 1.0) * len(x)))
-    pick = torch.randperm(len(x), generator=generator)[:count].to(x.device)
-    into = rows.setdefault(module.gate, _Rows())
-    into.x.append(x[pick].float().cpu())
-    into.damage.append(damage[pick].float().cpu())
-    into.dial.append(module.gate.dial.float().cpu().expand(count, 1))
+        real = slice(None) if decision.valid is None else decision.valid
+        x, damage = x.detach()[real].flatten(0, -2), damage[real].flatten(0, -3)  # pyright: ignore[reportIndexIssue]
+        found.append((module, x, damage))
+    places = parallel.offsets([len(x) for _, x, _ in found], batch.device)
+    for (module, x, damage), (before, everything) in zip(found, places, strict=True):
+        count = max(1, round(min(max(keep_tokens, samples / everything), 1.0) * everything))
+        pick, own = parallel.places(torch.randperm(everything, generator=generator)[:count], before, len(x))
+        into, pick = rows.setdefault(module.gate, _Rows()), pick.to(x.device)
+        into.x.append(x[pick].float().cpu())
+        into.damage.append(damage[pick].float().cpu())
+        into.dial.append(module.gate.dial.float().cpu().expand(len(pick), 1))
+        into.own.append(own)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import re
+import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +41,18 @@ def differences(published: dict[str, Any], here: dict[str, Any]) -> list[dict[st
     """What has another value here, or none: {"name", "published", "here"}."""
     names = [name for name in {**published, **here} if published.get(name) != here.get(name)]
     return [{"name": name, "published": published.get(name), "here": here.get(name)} for name in names]
+
+
+def peak_bytes() -> int:
+    """Largest resident size of this process so far."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if found is not None:
+            return 1024 * int(found[1])
+    import resource
+
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else 1024 * largest
 
 
 def _version(package: str) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from acmize import parallel
 from acmize.cost import evaluating
 from acmize.evaluate_speech import SpeechReference, evaluate_speech_at, reference_speech
 from acmize.gates import Choose, choosing, record
@@ -65,7 +66,8 @@ def reference(dense: nn.Module, batches: Iterable[Batch] | Spoken) -> Any:
         for inputs, target in batches:
             logits.append(logits_of(dense(inputs)).float().cpu())
             labels.append(target.cpu())
-    return Reference(logits=torch.cat(logits), labels=torch.cat(labels), seconds=time.perf_counter() - start)
+    answers, known = parallel.gather(torch.cat(logits)), parallel.gather(torch.cat(labels))
+    return Reference(logits=answers, labels=known, seconds=time.perf_counter() - start)
 
 
 def evaluate_at(
@@ -86,28 +88,28 @@ def evaluate_at(
         assert isinstance(dense, SpeechReference)
         return evaluate_speech_at(model, plan, batches, dense, choose)
     assert isinstance(dense, Reference)
-    logits, shares, chosen, load, start = [], [], [], {}, time.perf_counter()
+    logits, work, start = [], [], time.perf_counter()
     rest = plan.macs_rest(schedule_of(model))
     with evaluating(model), choosing(model, choose):
         for inputs, _ in batches:
             with record(model, len(inputs)) as seen:
                 logits.append(logits_of(model(inputs)).float().cpu())
-            shares.append((rest + seen.executed().double().cpu()) / plan.macs_dense)
-            chosen.append((rest + seen.chosen().double().cpu()) / plan.macs_dense)
-            for name, parts in seen.macs.items():
-                load.setdefault(name, []).append((parts[-1] / seen.most[name]).cpu())
-    out, ratio = torch.cat(logits), torch.cat(shares)
+            shares = [(rest + macs.double()) / plan.macs_dense for macs in (seen.executed(), seen.chosen())]
+            shares += [parts[-1] / seen.most[name] for name, parts in seen.macs.items()]
+            work.append(torch.stack([share.double().cpu() for share in shares], 1))
+    out = parallel.gather(torch.cat(logits))
+    ratio, chosen, *load = parallel.gather(torch.cat(work)).unbind(1)
     teacher = dense.logits.log_softmax(-1)
     return {
         "macs_ratio": ratio.mean().item(),
         "macs_ratio_std": ratio.std(correction=0).item(),
-        "chosen_ratio": torch.cat(chosen).mean().item(),
+        "chosen_ratio": chosen.mean().item(),
         "macs": ratio.mean().item() * plan.macs_dense,
         "accuracy": top1(out, dense.labels),
         "agreement": (out.argmax(-1) == dense.logits.argmax(-1)).double().mean().item(),
         "kl": (teacher.exp() * (teacher - out.log_softmax(-1))).sum(-1).mean().item(),
         "seconds": time.perf_counter() - start,
-        "sites": {name: torch.cat(parts).mean().item() for name, parts in load.items()},
+        "sites": {name: share.mean().item() for name, share in zip(seen.macs, load, strict=True)},
     }
 
 

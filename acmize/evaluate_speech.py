@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from acmize import parallel
 from acmize.audio import Utterance
 from acmize.cost import evaluating
 from acmize.gates import Choose, Recorder, choosing, record
@@ -52,7 +53,7 @@ class SpeechReference:
         references: transcripts of the data, or None where an utterance has none.
         texts: the dense model's transcripts; empty strings where it writes no text.
         scores: (utterances,) mean log-likelihood of its own tokens (of its distribution, for a CTC model).
-        answers: for a model without a decoder, its log-probabilities of each utterance, (T, C).
+        answers: for a model without a decoder, its log-probabilities of each of this process's utterances, (T, C).
         seconds: that it took.
     """
 
@@ -96,8 +97,8 @@ def reference_speech(dense: nn.Module, batches: Spoken) -> SpeechReference:
                     answers.append(logp.half())
                     texts.append(_spelled(listener, logp))
     return SpeechReference(
-        references=references, texts=texts, scores=torch.stack(scores), answers=answers,
-        seconds=time.perf_counter() - start,
+        references=parallel.gather_objects(references), texts=parallel.gather_objects(texts),
+        scores=parallel.gather(torch.stack(scores)), answers=answers, seconds=time.perf_counter() - start,
     )  # fmt: skip
 
 
@@ -120,7 +121,7 @@ def evaluate_speech_at(
         choice_silent and choice_speech (mean share of the learners that a silent frame and one of speech run), seconds,
         sites.
     """
-    start, texts, scores, spent, chosen, whole, load = time.perf_counter(), [], [], [], [], [], {}
+    start, texts, scores, work = time.perf_counter(), [], [], []
     by_kind: tuple[list[Tensor], list[Tensor]] = ([], [])
     listener, schedule = batches.listener, schedule_of(model)
     with evaluating(model), choosing(model, choose):
@@ -128,11 +129,9 @@ def evaluate_speech_at(
             with record(model, len(inputs)) as seen, tracing(model) as trace:
                 output = forward(model, inputs)
             macs = plan.account(seen.executed().double().cpu(), seen.tokens, schedule)
-            spent.append(macs[0])
-            whole.append(macs[1])
-            chosen.append(plan.account(seen.chosen().double().cpu(), seen.tokens, schedule)[0])
-            for name, parts in seen.macs.items():
-                load.setdefault(name, []).append((parts[-1] / seen.most[name]).cpu())
+            shares = [*macs, plan.account(seen.chosen().double().cpu(), seen.tokens, schedule)[0]]
+            shares += [parts[-1] / seen.most[name] for name, parts in seen.macs.items()]
+            work.append(torch.stack([share.double().cpu() for share in shares], 1))
             for i, (u, logp) in enumerate(zip(utterances, _each(output.logits, inputs), strict=True)):
                 choices = mean_choices(seen, plan, i, trace)
                 silent = silent_frames(u.wave, len(choices))
@@ -144,23 +143,24 @@ def evaluate_speech_at(
                     texts.append(_spelled(listener, logp))
                 elif batches.writes:
                     texts.append(_written(listener, model, u, inputs, output, i))
-    macs, most = torch.cat(spent), torch.cat(whole)
+    texts, likely = parallel.gather_objects(texts), parallel.gather(torch.stack(scores))
+    macs, most, chosen, *load = parallel.gather(torch.cat(work)).unbind(1)
     rates = _rates(dense.references, texts) if texts else None
     same = [normalise(a) == normalise(b) for a, b in zip(texts, dense.texts, strict=True)] if texts else []
     return {
         "macs_ratio": (macs.mean() / most.mean()).item(),
         "macs_ratio_std": (macs / most).std(correction=0).item(),
-        "chosen_ratio": (torch.cat(chosen).mean() / most.mean()).item(),
+        "chosen_ratio": (chosen.mean() / most.mean()).item(),
         "macs": macs.mean().item(),
         "wer": None if rates is None else rates[0],
         "cer": None if rates is None else rates[1],
         "accuracy": None if rates is None else 1 - rates[0],
         "agreement": sum(same) / len(same) if same else None,
-        "kl": (dense.scores - torch.stack(scores)).mean().item(),
+        "kl": (dense.scores - likely).mean().item(),
         "choice_silent": _mean(by_kind[0]),
         "choice_speech": _mean(by_kind[1]),
         "seconds": time.perf_counter() - start,
-        "sites": {name: torch.cat(parts).mean().item() for name, parts in load.items()},
+        "sites": {name: share.mean().item() for name, share in zip(seen.macs, load, strict=True)},
     }
 
 
@@ -201,7 +201,7 @@ def mean_choices(seen: Recorder, plan: Plan, sample: int, trace: Sequence[Tensor
 
 
 def _mean(parts: list[Tensor]) -> float | None:
-    together = torch.cat(parts)
+    together = parallel.gather(torch.cat(parts))
     return together.mean().item() if len(together) else None
 
 

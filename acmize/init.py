@@ -15,13 +15,15 @@ Shapes: U units (of a head), H heads, D input width, O output width; C (U + 1, U
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acmize import parallel
 from acmize.adaptive import AcmMlp, AcmOut, AcmProjections
 from acmize.cost import evaluating
 from acmize.importance import covariance, order_units
@@ -33,6 +35,7 @@ from acmize.plan import Plan, PlanEntry
 from acmize.registry import method_for
 
 Moments = dict[str, Tensor]
+MOMENT_BYTES = 2 << 30  # of second moments held at a time
 ATTENTION = ("rotated", "paired")  # forms of the projections of one attention, filled together
 
 
@@ -52,16 +55,7 @@ def collect_moments(dense: nn.Module, plan: Plan, batches: Iterable[Batch]) -> M
         fc2 (H = 1), of the outputs of each projection (a fused one gives H = 3 x heads), of a single layer's input, or
         of what `Method.moments` asks for.
     """
-    wanted: dict[str, tuple[str, int]] = {}
-    for e in plan.entries:
-        if e.form == "prefix":
-            wanted[e.roles["fc2"]] = ("input", 1)
-        elif e.form == "lowrank":
-            wanted[e.target] = ("input", 1)
-        elif e.form in ATTENTION:
-            wanted |= _attention_outputs(e)
-        else:
-            wanted |= method_for(plan.config).moments(e)
+    wanted = _wanted(plan)
     if not wanted:
         return {}
     modules, moments, handles = dict(dense.named_modules()), {}, []
@@ -82,12 +76,28 @@ def collect_moments(dense: nn.Module, plan: Plan, batches: Iterable[Batch]) -> M
         handles.append(modules[path].register_forward_hook(hook(path, side, heads)))
     try:
         with evaluating(dense), watching(dense) as padding:
-            for batch in batches:
+            for batch in parallel.spread(batches):
                 forward(dense, batch)
     finally:
         for handle in handles:
             handle.remove()
+    parallel.total_(moments[path] for path in wanted)
     return moments
+
+
+def _wanted(plan: Plan) -> dict[str, tuple[str, int]]:
+    """Path of a layer -> which side of it moments are taken of, and in how many heads."""
+    wanted: dict[str, tuple[str, int]] = {}
+    for e in plan.entries:
+        if e.form == "prefix":
+            wanted[e.roles["fc2"]] = ("input", 1)
+        elif e.form == "lowrank":
+            wanted[e.target] = ("input", 1)
+        elif e.form in ATTENTION:
+            wanted |= _attention_outputs(e)
+        else:
+            wanted |= method_for(plan.config).moments(e)
+    return wanted
 
 
 def _attention_outputs(entry: PlanEntry) -> dict[str, tuple[str, int]]:
@@ -97,6 +107,47 @@ def _attention_outputs(entry: PlanEntry) -> dict[str, tuple[str, int]]:
 
 
 # --- installing -----------------------------------------------------------------------------------------------
+
+
+def initialise_(
+    model: nn.Module, dense: nn.Module, plan: Plan, batches: Callable[[], Iterable[Batch]], limit: int = MOMENT_BYTES
+) -> None:
+    """`init_` from the moments of some batches, as many sites at a time as bounded memory allows.
+
+    Args:
+        model: converted by `convert_`.
+        dense: the model before conversion.
+        plan: its plan.
+        batches: gives the same inputs each time; the dense model runs over them once for each portion of the sites.
+        limit: bytes of moments at a time; a site that needs more is on its own.
+    """
+    for portion in portions(dense, plan, limit):
+        init_(model, dense, portion, collect_moments(dense, portion, batches()))
+
+
+def portions(dense: nn.Module, plan: Plan, limit: int) -> list[Plan]:
+    """The plan in parts whose moments take at most `limit` bytes each; what is filled together stays together."""
+    together: dict[str, list[PlanEntry]] = {}
+    for e in plan.entries:
+        known = e.roles["out"] if e.form in ATTENTION else e.target if e.form in ("prefix", "lowrank") else ""
+        together.setdefault(known, []).append(e)
+    parts: list[Plan] = []
+    room = 0
+    for entries in together.values():
+        part = replace(plan, entries=tuple(entries))
+        size = sum(_moment_bytes(dense.get_submodule(path), *how) for path, how in _wanted(part).items())
+        if parts and size <= room:
+            parts[-1] = replace(plan, entries=(*parts[-1].entries, *entries))
+        else:
+            parts.append(part)
+            room = limit
+        room -= size
+    return parts
+
+
+def _moment_bytes(layer: Any, side: str, heads: int) -> int:
+    width = len(layer.weight) if side == "output" else layer.weight[:1].numel()
+    return 8 * heads * (width // heads + 1) ** 2
 
 
 @torch.no_grad()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 from torch import nn
 
 from acmize import padding
@@ -11,6 +14,22 @@ from acmize.layers import fast_products_
 from acmize.methods.token_merging import install_merging, why_not
 from acmize.plan import Plan
 from acmize.registry import method_for
+
+
+def converted(dense: nn.Module, plan: Plan) -> nn.Module:
+    """A converted copy of a model, as `convert_` makes it; what is replaced is never copied.
+
+    Raises:
+        AcmizeError: the model does not fit the plan.
+    """
+    shared: dict[int, Any] = {id(t): t for t in (*dense.parameters(), *dense.buffers())}
+    model, own = convert_(copy.deepcopy(dense, dict(shared)), plan), {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) in shared:  # tied ones stay tied
+                    tensors[name] = own.setdefault(id(tensor), copy.deepcopy(tensor))
+    return model
 
 
 def convert_(model: nn.Module, plan: Plan) -> nn.Module:

@@ -11,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from acmize import parallel
+
 
 def distillation(outputs_MKO: Tensor, target_MO: Tensor) -> Tensor:
     """Squared error of each choice against the dense output (arXiv 2312.10193, sect. 3.3, phase 1): (N,), k = 1..N.
 
     Relative to the target's own variance, so that layers of different scale weigh alike.
     """
-    errors = (outputs_MKO[:, 1:] - target_MO[:, None]).square().mean((0, 2))
-    return errors / target_MO.detach().var().clamp_min(1e-12)
+    errors = parallel.mean((outputs_MKO[:, 1:] - target_MO[:, None]).square(), (0, 2))
+    return errors / parallel.variance(target_MO.detach()).clamp_min(1e-12)
 
 
 def anchored(errors_N: Tensor, start_N: Tensor, floor: float = 0.01) -> Tensor:

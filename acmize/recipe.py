@@ -20,11 +20,15 @@ LABELS = ("damage", "threshold", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class DistillOptions:
-    """Phase 1. `epochs` over the training images, AdamW at `lr`, `tokens` of a batch for each site."""
+    """Phase 1. `epochs` over the training images, AdamW at `lr`, `tokens` of a batch for each site.
+
+    With `by_site`, each of several processes learns some of the sites, in place of all of them from some samples.
+    """
 
     epochs: int = 1
     lr: float = 1e-4
     tokens: int = 1024
+    by_site: bool = False
 
     def __post_init__(self) -> None:
         _in_range(self, tokens=self.tokens >= 1)
@@ -74,7 +78,7 @@ class TrainOptions:
     `randaugment` and `hflip` (probability; 0 where left and right differ, as with digits) serve phase 1 too. In speech,
     SpecAugment: `masks` stretches of time, each up to `mask_time` of the frames, and as many of channels, each up to
     `mask_channels` of them. With `interpolate`, how far to go from the weights before phase 3 is chosen on the held-out
-    images.
+    images. With `shard`, several processes divide weights, gradients and optimizer states (FSDP2).
     """
 
     epochs: int = 12
@@ -95,6 +99,7 @@ class TrainOptions:
     crop_pad: int | None = None
     hflip: float = 0.5
     interpolate: bool = True
+    shard: bool = False
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale

@@ -215,7 +215,8 @@ class Speech:
 
     def labelled(self, which: AudioSet) -> Spoken:
         """(inputs, utterances) batches in stored order; only for the test split is anything written by a decoder."""
-        return Spoken(which, self.listener, self.batch_size, writes=which is self.test or self.test is None)
+        whole = getattr(which, "dataset", which)  # of what may be one process's share
+        return Spoken(which, self.listener, self.batch_size, writes=whole is self.test or self.test is None)
 
     def epochs(self, which: AudioSet, seed: int) -> tuple[Callable[[int], Any], int]:
         """Epoch -> shuffled (inputs, labels) batches, and how many there are; no labels where none are learnt from."""

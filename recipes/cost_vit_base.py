@@ -27,7 +27,8 @@ import numpy as np
 import torch
 
 from acmize.api import convert
-from acmize.bench import Setting, bench_model, peak_bytes
+from acmize.bench import Setting, bench_model
+from acmize.environment import peak_bytes
 from acmize.images import Images
 from acmize.models import architecture
 from acmize.recipe import resolve
@@ -88,6 +89,7 @@ def main() -> None:
             "parameters": sum(p.numel() for p in model.parameters()),
             "before_gb": loaded,
             "peak_gb": peak_bytes() / 1e9,
+            "peaks_gb": made.recipe["peak_gb"],
         }
         return {**found, "bench": timed(made)} if args.bench else found
 
@@ -108,6 +110,7 @@ def main() -> None:
             "seconds": lambda _, r: f"{r['seconds']:.0f}",
             "of these": lambda _, r: ", ".join(f"{k} {v:.0f}" for k, v in r["stages"].items()),
             "peak memory": lambda _, r: f"{r['peak_gb']:.2f} GB ({r['before_gb']:.2f} before)",
+            "after": lambda _, r: ", ".join(f"{k} {v:.2f}" for k, v in r["peaks_gb"].items()),
             "speedup over PyTorch, over the fastest dense form": gained,
         }
     )

@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "acmize"
 # the rows before it. A package (methods, phases, kernels) stands for all its modules.
 ORDER = (
     ("__about__", "errors", "environment", "interrupt", "after"),
+    ("parallel",),
     ("registry",),
     ("kernels",),
     ("inputs", "padding"),

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CONFIG, adapted, images, plan_of, vit
+from tiny import CONFIG, adapted, images, inputs_for, plan_of, vit
 from torch import Tensor, nn
 
 from acmize import Site
 from acmize.gates import choosing
 from acmize.hosts import make_plan
-from acmize.init import collect_moments, init_, order_units, roots, rotate_qk, rotate_vo
-from acmize.insert import convert_
+from acmize.init import collect_moments, init_, initialise_, order_units, portions, roots, rotate_qk, rotate_vo
+from acmize.insert import convert_, converted
 
 DOUBLE = torch.float64
 
@@ -148,3 +148,49 @@ def test_the_dense_model_is_left_alone_and_flags_come_back() -> None:
     _model, _plan = adapted(dense)
     assert all(torch.equal(v, before[k]) for k, v in dense.state_dict().items())
     assert dense.training
+
+
+# --- bounded memory -------------------------------------------------------------------------------------------
+
+
+def test_a_few_sites_at_a_time_end_the_same() -> None:
+    dense = vit()
+    plan = plan_of(dense)
+    at_once, few = converted(dense, plan), converted(dense, plan)
+    few.load_state_dict(at_once.state_dict())
+    batches = [inputs_for(dense, 8, seed=seed) for seed in (1, 2)]
+    init_(at_once, dense, plan, collect_moments(dense, plan, batches))
+    one, *_ = portions(dense, plan, 1)
+    together = [e.fqn for e in one.entries]
+    assert len(portions(dense, plan, 1 << 40)) == 1
+    assert len(portions(dense, plan, 1)) == 4  # two blocks: an attention, whose parts stay together, and an MLP
+    assert together == [f"blocks.0.attn.qkv.{k}" for k in "qkv"] + ["blocks.0.attn.proj"]
+    before = few.state_dict()["blocks.1.mlp.fc1.weight"].clone()
+    initialise_(few, dense, plan, lambda: batches, limit=1)
+    assert not torch.equal(few.state_dict()["blocks.1.mlp.fc1.weight"], before)
+    for name, weight in at_once.state_dict().items():
+        assert torch.equal(few.state_dict()[name], weight), name
+
+
+def test_a_converted_copy_shares_nothing() -> None:
+    dense = vit()
+    before = {k: v.clone() for k, v in dense.state_dict().items()}
+    model = converted(dense, plan_of(dense))
+    own = {p.data_ptr() for p in (*model.parameters(), *model.buffers())}
+    assert not own & {p.data_ptr() for p in (*dense.parameters(), *dense.buffers())}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    assert all(torch.equal(v, before[k]) for k, v in dense.state_dict().items())
+    assert not torch.equal(model.state_dict()["cls_token"], before["cls_token"])
+
+
+def test_tied_weights_of_a_copy_stay_tied() -> None:
+    dense: Any = vit()
+    dense.again = dense.head
+    dense.blocks[1].norm1.weight = dense.blocks[0].norm1.weight
+    model: Any = converted(dense, plan_of(dense))
+    assert model.again is model.head
+    assert model.blocks[1].norm1.weight is model.blocks[0].norm1.weight
+    assert model.head.weight is not dense.head.weight
+    assert model.blocks[1].norm1.weight is not dense.blocks[0].norm1.weight

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acmize import parallel
 from acmize.branches import PartialBranches
 from acmize.gates import DamageGate, Decision, Gate, GateSpec
 from acmize.registry import Keep, Method, Refused, register
@@ -115,7 +116,7 @@ class AdaPConv(PartialBranches):
         decision = super().decide(x)
         if self.recorder is not None and self.training and decision.keep is not None:
             keep = decision.keep[:, 0].float()
-            p = (keep - F.pad(keep[:, 1:], (0, 1))).mean(0)
+            p = parallel.mean(keep - F.pad(keep[:, 1:], (0, 1)), (0,))
             costs = self.gate.cost[0, 1:] / self.gate.cost[0, STATIC + 1]
             self.recorder.add_loss("hinge", self.hinge * F.relu((p * costs).sum() - 1))
             self.recorder.add_loss("balance", self.balance * (p - 1 / len(p)).square().sum())

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acmize import ops
+from acmize import ops, parallel
 from acmize.gates import AdaptiveModule, DamageGate, Decision, Gate, GateSpec
 from acmize.registry import Keep, Method, Refused, register
 
@@ -236,8 +236,8 @@ class SkippableBlock(AdaptiveModule):
         """The decision of a gate that still sees the true CIR in part, and learns to predict it."""
         assert isinstance(self.gate, CosineGate)
         if self.recorder is not None and self.cir_loss:
-            error = F.smooth_l1_loss(self.gate.predicted_cir(pooled), cir)
-            self.recorder.add_loss("cir", self.cir_loss * error)
+            errors = F.smooth_l1_loss(self.gate.predicted_cir(pooled), cir, reduction="none")
+            self.recorder.add_loss("cir", self.cir_loss * parallel.mean(errors))
         self.gate.known_cir = cir
         try:
             return self.decide(pooled)

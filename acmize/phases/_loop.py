@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from acmize import parallel
 from acmize.checkpoint import (
     AGAIN,
     load_training_state,
@@ -121,8 +122,12 @@ def fit(
     checkpoint: Path | None = None,
     resume: bool = False,
     watch: Callable[[int, dict[str, float]], None] | None = None,
+    apart: bool = False,
 ) -> History:
-    """Trains `model` in one process, on its device and in its mode; on the CPU a resumed run ends bit for bit alike.
+    """Trains `model` on its device and in its mode; on the CPU a resumed run ends bit for bit alike.
+
+    With several processes, the loss is the same on each, and the gradients that it has there are summed
+    (`acmize.parallel`).
 
     Args:
         name: Of the phase: in progress, errors and the checkpoint's folder.
@@ -136,6 +141,7 @@ def fit(
         checkpoint: Folder in which the folder `name` is written; None writes nothing.
         resume: Go on from the checkpoint if there is one; a finished phase is only loaded.
         watch: Called with the optimizer steps done and the terms, at each log point.
+        apart: Each process trains a model of its own, and only the gradient norm is that of all together.
 
     Raises:
         Stopped: SIGTERM came, where `stopping_on_sigterm` listens; the state after the last step is saved.
@@ -152,8 +158,12 @@ def fit(
     raw.zero_grad()
     trained = [p for group in raw.param_groups for p in group["params"]]
     peaks = [group["lr"] for group in raw.param_groups]
-    accelerator = _accelerator(name, config, trained[0].device, checkpoint)
+    device, count = trained[0].device, parallel.processes()
+    accelerator = _accelerator(name, config, device, checkpoint)
     optimizer: Any = accelerator.prepare(raw)
+    together, divided = count > 1 and not apart, count > 1 and _divided(model)
+    run: Any = accelerator.prepare(_Loss(model, loss)) if together and not divided else loss
+    writes = apart or parallel.is_main()
     scaler: Any = accelerator.scaler
     ema = {str(i): p.detach().clone() for i, p in enumerate(trained)} if config.ema_decay else None
     folder = None if checkpoint is None else Path(checkpoint) / name
@@ -163,7 +173,7 @@ def fit(
     step, batch, logs, before = 0, 0, [], 0.0
 
     def save(done: bool = False) -> None:
-        if folder is not None:
+        if folder is not None and writes:
             extra = {"options": options, "batch": batch, "logs": logs, "done": done, "seconds": seconds()}
             extra["scaler"] = scaler.state_dict() if scaler else None
             position: dict[str, Any] = {"step": step, "epoch": batch // steps_per_epoch, "extra": extra}
@@ -180,22 +190,29 @@ def fit(
     def optimize(stream: Iterator[Any], size: int) -> dict[str, Any]:
         """One optimizer step over the next `size` batches; returns the mean of each term."""
         accelerator.gradient_accumulation_steps, accelerator.step = size, 0
+        if count > 1:  # what is drawn for other samples is drawn otherwise
+            set_seed(zlib.crc32(f"{config.seed} {name} {batch} {parallel.rank()}".encode()))
         for group, peak in zip(raw.param_groups, peaks, strict=True):
             group["lr"] = learning_rate(step, steps, config, peak)
         sums: dict[str, Any] = {}
+        limit = config.clip_norm or math.inf
         for number in range(batch, batch + size):
             inputs = next(stream, stream)
             if inputs is stream:
                 few = f"{number % steps_per_epoch} batches in epoch {number // steps_per_epoch}"
                 raise stop(f"{few}, expected {steps_per_epoch}", "mend batches or steps_per_epoch")
-            with accelerator.accumulate(model):
+            with accelerator.accumulate(model if run is loss else run):
                 with accelerator.autocast():
-                    terms = loss(send_to_device(inputs, trained[0].device), number)
+                    terms = run(send_to_device(inputs, device), number)
                 if not terms["loss"].isfinite():
                     raise stop(f"loss {terms['loss'].item()}, expected a finite one", CALMER)
-                accelerator.backward(terms["loss"])
+                accelerator.backward(terms["loss"] * count if together else terms["loss"])  # the mean is taken
                 if accelerator.sync_gradients:  # an infinite limit only measures
-                    norm = float(accelerator.clip_grad_norm_(trained, config.clip_norm or math.inf))
+                    found = accelerator.clip_grad_norm_(trained, math.inf if apart else limit)
+                    norm = float(found.full_tensor() if divided else found)
+                    if apart and count > 1:
+                        norm = float(parallel.total(torch.tensor(norm, device=device).square()).sqrt())
+                        torch.nn.utils.clip_grads_with_norm_(trained, limit, torch.tensor(norm))
                     if not scaler and not math.isfinite(norm):  # the scaler skips such a step
                         raise stop(f"gradient norm {norm}, expected a finite one", CALMER)
                 optimizer.step()
@@ -204,20 +221,25 @@ def fit(
         return sums
 
     try:
-        if resume and folder is not None and recover_dir(folder):
+        there = parallel.gather_objects([resume and folder is not None and writes and recover_dir(folder)])
+        if apart and len(set(there)) > 1:
+            raise AcmizeError(f"{folder}: found a checkpoint of some processes alone, expected one of each; {AGAIN}")
+        if folder is not None and any(there):
             state = load_training_state(folder, model=model, optimizer=raw, ema=ema)
             step, found, resumed_rng = state["step"], state["extra"], rng_state()
             if found["options"] != options:
                 wrong = sorted(k for k in options if found["options"].get(k) != options[k])
                 raise AcmizeError(f"{folder}: found another {', '.join(wrong)}, expected this run's; {AGAIN}")
             batch, logs, before = found["batch"], found["logs"], found["seconds"]
+            if apart and len(set(parallel.gather_objects([(step, found["done"])]))) > 1:
+                raise AcmizeError(f"{folder}: found the processes at different steps, as a kill left them; {AGAIN}")
             if found["done"]:
                 return History(name=name, steps=step, seconds=before, logs=logs)
             if scaler:
                 scaler.load_state_dict(found["scaler"])
         else:
             save()  # a full disk shows now, and nothing older can be taken for this run
-        with _progress(name, steps, step) as show, deferred():
+        with _progress(name, steps, step, parallel.is_main()) as show, deferred():
             for epoch in range(batch // steps_per_epoch, config.epochs):
                 set_seed(zlib.crc32(f"{config.seed} {name} {epoch}".encode()))
                 stream = iter(batches(epoch))
@@ -242,9 +264,10 @@ def fit(
                         if watch is not None:
                             watch(step, values)
                     due = step % config.checkpoint_every == 0 or batch % steps_per_epoch == 0
-                    if step < steps and (due or asked()):
+                    stopping = parallel.any_of(asked(), device)
+                    if step < steps and (due or stopping):
                         save()
-                    if step < steps and asked():
+                    if step < steps and stopping:
                         raise Stopped(f"{name}: stopped by SIGTERM at step {step} of {steps}")
             for i, average in (ema or {}).items():
                 trained[int(i)].data.copy_(average)
@@ -258,7 +281,7 @@ def fit(
 
 def _accelerator(name: str, config: FitConfig, device: torch.device, folder: Path | None) -> Any:
     """An Accelerator for this config on the model's device, whatever an earlier one in this process was."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
     from accelerate.tracking import get_available_trackers
 
@@ -275,23 +298,51 @@ def _accelerator(name: str, config: FitConfig, device: torch.device, folder: Pat
         raise AcmizeError(f"{name}: found a model on the CPU, expected a GPU for fp16; use mixed_precision='bf16'")
     trackers: Any = list(config.trackers) or None
     accelerator: Any = Accelerator(
-        mixed_precision=precision, cpu=cpu, log_with=trackers, project_dir=str(folder or ".")
-    )
-    if accelerator.num_processes > 1:
-        found = f"found {accelerator.num_processes} processes, expected one"
-        raise AcmizeError(f"{name}: {found}: losses see the bare model; run without a launcher")
+        mixed_precision=precision, cpu=cpu, log_with=trackers, project_dir=str(folder or "."),
+        # A learner or gate that no token reaches in a step has no gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )  # fmt: skip
+    engine = accelerator.distributed_type.value
+    if engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise AcmizeError(
+            f"{name}: found {engine} in accelerate's settings, expected none; leave it out, set train.shard"
+        )
     if config.trackers:
         plain = {k: v if isinstance(v, int | float) else str(v) for k, v in asdict(config).items()}
         accelerator.init_trackers(f"acmize-{name}", config=plain)
     return accelerator
 
 
+def _divided(model: nn.Module) -> bool:
+    """Whether each process has a part of every parameter (FSDP2)."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
+
+
+class _Loss(nn.Module):
+    """A loss as a module, which is what DDP wants: the loss alone carries a gradient out of it."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[Any, int], dict[str, Tensor]]) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch: Any, step: int) -> dict[str, Tensor]:
+        """The terms of a batch."""
+        return {k: term if k == "loss" else term.detach() for k, term in self.loss(batch, step).items()}
+
+
 @contextmanager
-def _progress(name: str, steps: int, done: int) -> Iterator[Callable[[int, dict[str, float]], None]]:
+def _progress(
+    name: str, steps: int, done: int, shown: bool = True
+) -> Iterator[Callable[[int, dict[str, float]], None]]:
     """A bar with loss and time left on a terminal; elsewhere a log line for each tenth of the way."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    if not shown:
+        yield lambda _step, _values: None
+        return
     console, told = Console(stderr=True), done * 10 // steps
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

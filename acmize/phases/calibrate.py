@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from acmize import parallel
 from acmize.cost import evaluating
 from acmize.gates import record, set_dial
 from acmize.hosts_speech import DECODER_INPUTS
@@ -69,16 +70,18 @@ def realised(model: nn.Module, plan: Plan, batches: Sequence[Batch]) -> Tensor:
 
     They are the executed ones where every module skips what is not chosen.
     """
-    spent, dense, schedule = [], [], schedule_of(model)
+    schedule, device = schedule_of(model), next(model.parameters()).device
     counted = model.get_submodule(plan.scope)  # what lies behind it, such as a decoder, need not run
+    none = torch.zeros(0, dtype=torch.double, device=device)  # where there are more processes than samples
+    spent, dense = [none], [none]
     with evaluating(model):
-        for batch in batches:
+        for batch in parallel.spread(batches):
             with record(model, len(batch)) as seen:
                 forward(counted, batch.without(*DECODER_INPUTS) if plan.scope and isinstance(batch, Inputs) else batch)
             macs = plan.account(seen.chosen().double(), seen.tokens, schedule)
             spent.append(macs[0])
             dense.append(macs[1])
-    return (torch.cat(spent) / torch.cat(dense).mean()).cpu()
+    return (parallel.gather(torch.cat(spent)) / parallel.gather(torch.cat(dense)).mean()).cpu()
 
 
 def calibrate(

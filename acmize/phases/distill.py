@@ -8,13 +8,16 @@ pretrained weights are exact at full width and stay so: each choice's error then
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from acmize import parallel
+from acmize.errors import AcmizeError
 from acmize.gates import AdaptiveModule, choosing, full_width
 from acmize.inputs import forward
 from acmize.layers import Contract
@@ -40,6 +43,7 @@ def distill(
     steps_per_epoch: int,
     config: FitConfig,
     tokens: int = 1024,
+    by_site: bool = False,
     checkpoint: Path | None = None,
     resume: bool = False,
 ) -> History:
@@ -53,6 +57,8 @@ def distill(
         steps_per_epoch: batches in an epoch.
         config: of the loop.
         tokens: tokens drawn from each batch for each site.
+        by_site: with several processes, each learns some of the sites, from the tokens of all (see `docs/scale.md`);
+            otherwise all learn every site.
         checkpoint: folder for checkpoints.
         resume: go on from the checkpoint there.
 
@@ -63,29 +69,60 @@ def distill(
     source.eval()
     for module in sites.values():
         module.train()
-    holders = nn.ModuleList(sites.values())
+    owner = dict.fromkeys(sites, parallel.rank())
+    if apart := by_site and parallel.processes() > 1:
+        if len(sites) < parallel.processes():
+            found = f"{len(sites)} sites for {parallel.processes()} processes"
+            raise AcmizeError(f"distill: found {found}, expected one a process; start fewer, or divide by samples")
+        costs = [sum(p.numel() for p in m.parameters()) for m in sites.values()]  # of products: MACs a token
+        owner = dict(zip(sites, parallel.owners(costs), strict=True))
+    holders = nn.ModuleList(m for path, m in sites.items() if owner[path] == parallel.rank())
     parameters = [p for m in holders for n, p in m.named_parameters() if not n.startswith("gate.")]
 
-    def loss(batch: Any, step: int) -> dict[str, Tensor]:
-        inputs = batch[0] if isinstance(batch, list | tuple) else batch
-        with torch.no_grad(), choosing(source, full_width), capture(source, list(sites)) as seen:
-            forward(source, inputs)
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        terms, losses = {}, []
-        for path, module in sites.items():
-            x, y = tokens_of(module, *seen[path])
-            pick = torch.randperm(len(x), generator=generator)[:tokens].to(x.device)
-            errors = _errors(module, x[pick], y[pick])
-            with torch.no_grad():
-                before = [] if path not in start else _errors(start[path], x[pick], y[pick])
+    def picked(rows: parallel.Rows, step: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Site -> inputs and outputs of the tokens that are learned from, where it is learned."""
+        with rows.counted() as batch:
+            inputs = batch[0] if isinstance(batch, list | tuple) else batch
+            with torch.no_grad(), choosing(source, full_width), capture(source, list(sites)) as seen:
+                forward(source, inputs)
+            pairs = {path: tokens_of(module, *seen.pop(path)) for path, module in sites.items()}
+            lengths = [len(x) for x, _ in pairs.values()]
+            places = parallel.offsets(lengths, inputs.device)
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+            for (path, (x, y)), length, (before, everything) in zip(pairs.items(), lengths, places, strict=True):
+                pick = torch.randperm(everything, generator=generator)[:tokens]
+                own = parallel.places(pick, before, length)[0].to(x.device)
+                x, y = x[own], y[own]
+                if apart:
+                    x, y = parallel.to_owner(x, owner[path]), parallel.to_owner(y, owner[path])
+                if x is not None and y is not None:
+                    yield path, x, y
+
+    def loss(rows: parallel.Rows, step: int) -> dict[str, Tensor]:
+        terms, losses = {f"site/{path}": torch.zeros((), device=parameters[0].device) for path in sites}, []
+        for path, x, y in picked(rows, step):
+            with parallel.apart() if apart else nullcontext():
+                errors = _errors(sites[path], x, y)
+                with torch.no_grad():
+                    before = [] if path not in start else _errors(start[path], x, y)
             losses += [anchored(*pair) for pair in zip(errors, before, strict=True)] if before else errors
             terms[f"site/{path}"] = torch.stack(errors).mean()
-        return {"loss": torch.stack([each.mean() for each in losses]).mean(), **terms}
+        total, count = torch.stack([each.mean() for each in losses]).sum(), torch.tensor(float(len(losses)))
+        if apart:
+            terms = {name: parallel.total(term.detach()) for name, term in terms.items()}
+            total, count = parallel.total(total), parallel.total(count)
+        return {"loss": total / count, **terms}
 
-    return fit(
-        name="distill", model=holders, loss=loss, batches=batches, steps_per_epoch=steps_per_epoch, config=config,
-        params=parameters, checkpoint=checkpoint, resume=resume,
+    share = f"-{parallel.rank()}-of-{parallel.processes()}" if apart else ""
+    history = fit(
+        name=f"distill{share}", model=holders, loss=loss, batches=lambda epoch: parallel.in_step(batches(epoch)),
+        steps_per_epoch=steps_per_epoch, config=config, params=parameters, checkpoint=checkpoint, resume=resume,
+        apart=apart,
     )  # fmt: skip
+    if apart:
+        for path, module in sites.items():
+            parallel.from_owner_(module, owner[path])
+    return history
 
 
 def _errors(module: AdaptiveModule, x: Tensor, y: Tensor) -> list[Tensor]:

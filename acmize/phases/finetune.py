@@ -19,10 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acmize import parallel
 from acmize.gates import Recorder, gates_of, record, set_progress
 from acmize.inputs import Batch, Inputs, counted, forward, logits_of
 from acmize.losses import budget_loss, diversity_loss, entropy_loss, task_loss, teacher_loss
 from acmize.phases._loop import FitConfig, History, fit
+from acmize.phases._shard import sharded
 from acmize.phases.calibrate import Calibration, set_budget
 from acmize.plan import Plan
 
@@ -72,6 +74,7 @@ def finetune(
     task: Task | None = None,
     mix: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]] | None = None,
     gates: dict[str, float] | None = None,
+    shard: bool = False,
     checkpoint: Path | None = None,
     resume: bool = False,
     watch: Callable[[int, dict[str, float]], None] | None = None,
@@ -90,10 +93,17 @@ def finetune(
         task: loss of the labels; None: cross-entropy of classes, -1 unknown.
         mix: mixup or cutmix: (inputs, labels, step) -> (inputs, soft labels).
         gates: `lr` or `weight_decay` of the parameters of gates, where they differ from the rest.
+        shard: divide weights, gradients and optimizer states among the processes; there are no checkpoints inside then.
         checkpoint: folder for checkpoints.
         resume: go on from the checkpoint there.
         watch: sees every logged step.
     """
+    if shard and parallel.processes() > 1:
+        with sharded(model) as twin:
+            return finetune(
+                twin, teacher, plan, calibration, batches, steps_per_epoch=steps_per_epoch, losses=losses,
+                config=config, task=task, mix=mix, gates=gates, watch=watch,
+            )  # fmt: skip
     model.train()
     freeze_statistics(model)
     teacher.eval()
@@ -101,10 +111,14 @@ def finetune(
     batches_in_all = max(1, steps_per_epoch * config.epochs)
     task = task or of_classes(losses.label_smoothing)
 
-    def loss(batch: Any, step: int) -> dict[str, Tensor]:
-        inputs, labels = batch
+    def loss(rows: parallel.Rows, step: int) -> dict[str, Tensor]:
+        with rows.counted() as (inputs, labels):
+            return of_rows(inputs, labels, step)
+
+    def of_rows(inputs: Batch, labels: Any, step: int) -> dict[str, Tensor]:
+        labels = None if labels is None else parallel.gather(labels)
         if mix is not None:
-            inputs, labels = mix(inputs, labels, step)
+            inputs, labels = _mixed(mix, inputs, labels, step)
         budget = drawn_budget((low, high), config.seed, step)
         set_budget(model, plan, calibration, budget)
         set_progress(model, step / batches_in_all)
@@ -112,11 +126,16 @@ def finetune(
             teacher_features, teacher_logits = features_and_logits(teacher, inputs)
         with record(model, len(inputs), keep_inputs=losses.entropy > 0) as seen:
             features, logits = features_and_logits(model, inputs)
+        features, teacher_features, logits, teacher_logits = (
+            None if each is None else parallel.gather(each)
+            for each in (_read(features), _read(teacher_features), logits, teacher_logits)
+        )
+        inputs = _answered(inputs)
         terms = {"teacher": teacher_loss(counted(logits, inputs), counted(teacher_logits, inputs))}
         terms["task"] = task(logits, inputs, labels)
         terms["features"] = _relative(features, teacher_features)
         spent, dense = plan.account(seen.differentiable(), seen.tokens, plan.schedule(budget))
-        compute = spent / dense
+        compute = parallel.gather((spent / dense).float())  # of doubles, where a process has padded samples
         terms["budget"] = budget_loss(compute, budget)
         terms["diversity"] = diversity_loss(compute)
         terms["entropy"] = entropy_loss(_soft_choices(seen)) if losses.entropy and seen.seen else logits.new_zeros(())
@@ -128,8 +147,9 @@ def finetune(
 
     try:
         return fit(
-            name="finetune", model=model, loss=loss, batches=batches, steps_per_epoch=steps_per_epoch, config=config,
-            params=_groups(model, gates or {}), checkpoint=checkpoint, resume=resume, watch=watch,
+            name="finetune", model=model, loss=loss, batches=lambda epoch: parallel.in_step(batches(epoch)),
+            steps_per_epoch=steps_per_epoch, config=config, params=_groups(model, gates or {}),
+            checkpoint=checkpoint, resume=resume, watch=watch,
         )  # fmt: skip
     finally:
         set_progress(model, 1.0)
@@ -179,17 +199,34 @@ def features_and_logits(model: nn.Module, inputs: Batch) -> tuple[Tensor | None,
     return None, logits_of(model(inputs))
 
 
+def _mixed(mix: Any, inputs: Any, labels: Tensor, step: int) -> tuple[Any, Tensor | None]:
+    """This process's rows of the mixed batch, and all labels: samples are mixed with those of other processes."""
+    ((before, _),) = parallel.offsets([len(inputs)], inputs.device)
+    mixed, labels_of_all = mix(parallel.gather(inputs), labels, step)
+    return mixed[before : before + len(inputs)], labels_of_all
+
+
+def _answered(inputs: Batch) -> Batch:
+    """What the losses read of a batch, of all processes: which of its outputs count."""
+    if not isinstance(inputs, Inputs):
+        return inputs
+    return Inputs({}, None if inputs.counts is None else parallel.gather(inputs.counts))
+
+
+def _read(features: Tensor | None) -> Tensor | None:
+    """What the head reads: the first token (merged tokens have no counterpart), or everything."""
+    return features[:, 0] if features is not None and features.dim() == 3 else features
+
+
 def _relative(features: Tensor | None, target: Tensor | None) -> Tensor:
-    """Distance of what the head reads: the first token (merged tokens have no counterpart), or everything."""
+    """Distance of the features, relative to their variance."""
     if features is None or target is None:
         return torch.zeros(())
-    if features.dim() == 3:
-        features, target = features[:, 0], target[:, 0]
     return (features - target).square().mean() / target.var().clamp_min(1e-12)
 
 
 def _soft_choices(seen: Recorder) -> list[Tensor]:
-    """(B, tokens, K) choice probabilities of each site: differences of `keep`, hard forward and soft backward."""
+    """(B, 1, K) choice probabilities of each site, mean over tokens: of `keep`, hard forward and soft backward."""
     out = []
     for _, _, decision in seen.seen:
         if decision.keep is None:
@@ -198,7 +235,7 @@ def _soft_choices(seen: Recorder) -> list[Tensor]:
             p = F.pad(keep, (1, 0), value=1.0) - F.pad(keep, (0, 1))
             if (valid := decision.valid) is not None:  # the mean over tokens is then one over real tokens
                 p = p * (valid / valid.float().mean(-1, keepdim=True))[..., None]
-            out.append(p.reshape(seen.samples, -1, p.shape[-1]))
+            out.append(parallel.gather(p.reshape(seen.samples, -1, p.shape[-1]).mean(1, keepdim=True)))
     return out
 
 

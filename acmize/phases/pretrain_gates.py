@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from acmize import parallel
 from acmize.cost import evaluating
 from acmize.damage import GateData
 from acmize.errors import AcmizeError
@@ -57,9 +58,9 @@ def fit_damage_gates(
     for gate, rows in data.items():
         if not isinstance(gate, DamageGate):
             raise AcmizeError("gate labels 'damage' need damage gates; use --gate-labels threshold with this preset")
-        mean, std = rows.x.mean(0), rows.x.std(0) + 1e-6
+        mean, std = _moments(rows)
         if fresh:
-            _start(gate, rows.damage, generator)
+            _start(gate, parallel.mean(rows.damage, (0,)), generator)
         else:
             _unfold(gate, mean, std)
         scales.append((mean, std))
@@ -71,11 +72,14 @@ def fit_damage_gates(
         pick = torch.Generator().manual_seed(int(step_seed))
         total = torch.zeros(())
         for gate, rows, mean, std in items:
-            i = torch.randint(len(rows.x), (min(batch_tokens, len(rows.x)),), generator=pick)
+            i = rows.draw(batch_tokens, pick)
             device = gate.fc1.weight.device
             x = (rows.x[i] - mean) / std  # of these rows only: all inputs of all gates are gigabytes
             prediction = gate.log_damage(x.to(device), rows.dial[i].to(device))
-            total = total + gamma_deviance(prediction, rows.damage[i].to(device)).cpu()
+            share = len(i) / min(batch_tokens, len(rows))
+            found = gamma_deviance(prediction, rows.damage[i].to(device)) if len(i) else prediction.sum()
+            total = total + share * found.cpu()
+        total = parallel.total(total)
         return {"loss": total, "deviance": total / len(items)}
 
     config = FitConfig(epochs=1, lr=lr, min_lr=lr / 10, clip_norm=None, seed=seed, checkpoint_every=10**9)
@@ -93,15 +97,23 @@ def _seeds(seed: int, steps: int) -> Any:
     return lambda epoch: (torch.tensor(seed * 1_000_003 + epoch * steps + i) for i in range(steps))
 
 
+def _moments(rows: GateData) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (D,) of a gate's inputs, over the rows of all processes."""
+    if rows.place is None:
+        return rows.x.mean(0), rows.x.std(0) + 1e-6
+    mean = parallel.mean(rows.x, (0,))
+    return mean, (parallel.total((rows.x - mean).square().sum(0)) / (len(rows) - 1)).sqrt() + 1e-6
+
+
 def _start(gate: DamageGate, damage: Tensor, generator: torch.Generator) -> None:
-    """Fresh weights; the last layer starts at the mean log damage of each choice."""
+    """Fresh weights; the last layer starts at the log of the mean damage (G, N) of each choice."""
     with torch.no_grad():
         for layer, gain in ((gate.fc1, 1.0), (gate.fc2, 0.1)):
             bound = gain * layer.in_features**-0.5
             layer.weight.copy_(torch.empty(layer.weight.shape).uniform_(-bound, bound, generator=generator))
             layer.bias.zero_()
         gate.level.zero_()
-        gate.fc2.bias.copy_((damage.mean(0) + 1e-9).log().flatten())
+        gate.fc2.bias.copy_((damage + 1e-9).log().flatten())
 
 
 @torch.no_grad()
@@ -140,22 +152,32 @@ def collect_errors(
     """
     adaptive = {f: m for f, m in model.named_modules() if isinstance(m, AdaptiveModule)}
     deciding = {f: [f, *_linked_to(m, adaptive)] for f, m in adaptive.items() if m.names}
-    rows: dict[Gate, list[tuple[Tensor, Tensor]]] = {}
+    rows: dict[Gate, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    masks: dict[Gate, list[Tensor]] = {}
     with evaluating(model, source), capture(source, list(adaptive)) as seen:
-        for batch in batches:
-            with choosing(source, full_width):
+        for whole in batches:
+            with parallel.rows_of(whole).counted() as batch, choosing(source, full_width):
                 forward(source, batch)
-            for path, group in deciding.items():
-                x, _ = tokens_of(adaptive[path], *seen[path])
-                pick = torch.randperm(len(x), generator=generator)[: max(1, round(keep_tokens * len(x)))].to(x.device)
+                inputs = {path: tokens_of(adaptive[path], *seen[path])[0] for path in deciding}
+                lengths = [len(x) for x in inputs.values()]
+                found = [
+                    parallel.places(_kept(everything, keep_tokens, generator), before, length)
+                    for length, (before, everything) in zip(
+                        lengths, parallel.offsets(lengths, batch.device), strict=True
+                    )
+                ]
+            for (path, group), (pick, own) in zip(deciding.items(), found, strict=True):
+                x, gate = inputs[path], adaptive[path].gate
+                pick = pick.to(x.device)
                 errors = torch.cat([_errors(adaptive[f], *seen[f], pick) for f in group], 1)
-                rows.setdefault(adaptive[path].gate, []).append((x[pick].cpu(), errors.cpu()))
-    return {
-        g: GateData(
-            torch.cat([x for x, _ in r]), torch.cat([e for _, e in r]), torch.zeros(sum(len(x) for x, _ in r), 1)
-        )
-        for g, r in rows.items()
-    }
+                rows.setdefault(gate, []).append((x[pick].cpu(), errors.cpu(), torch.zeros(len(pick), 1)))
+                masks.setdefault(gate, []).append(own)
+    return {gate: GateData.joined(parts, masks[gate]) for gate, parts in rows.items()}
+
+
+def _kept(length: int, share: float, generator: torch.Generator) -> Tensor:
+    """A share of so many tokens, one at least."""
+    return torch.randperm(length, generator=generator)[: max(1, round(share * length))]
 
 
 def _linked_to(module: AdaptiveModule, adaptive: dict[str, AdaptiveModule]) -> list[str]:
@@ -198,22 +220,25 @@ def fit_classification_gates(
         checkpoint: folder for checkpoints.
         resume: go on from the checkpoint there.
     """
-    items: list[tuple[ClassificationGate, Tensor, Tensor]] = []
+    items: list[tuple[ClassificationGate, GateData, Tensor]] = []
     for gate, rows in data.items():
         if not isinstance(gate, ClassificationGate):
             raise AcmizeError(
                 "gate labels 'threshold' need classification gates; use --preset paper or gate=classification"
             )
         labels = torch.stack([threshold_labels(e, tau) for e in rows.damage.unbind(1)], 1)
-        items.append((gate, rows.x, labels.clamp_min(gate.min_choice)))
+        items.append((gate, rows, labels.clamp_min(gate.min_choice)))
 
     def loss(step_seed: Tensor, _step: int) -> dict[str, Tensor]:
         pick = torch.Generator().manual_seed(int(step_seed))
         total = torch.zeros(())
-        for gate, x, labels in items:
-            rows = torch.randint(len(x), (min(batch_tokens, len(x)),), generator=pick)
-            logits = gate.logits(x[rows].to(gate.fc1.weight.device))
-            total = total + classification(logits.flatten(0, 1), labels[rows].flatten().to(logits.device)).cpu()
+        for gate, rows, labels in items:
+            i = rows.draw(batch_tokens, pick)
+            logits = gate.logits(rows.x[i].to(gate.fc1.weight.device))
+            share = len(i) / min(batch_tokens, len(rows))
+            wanted = labels[i].flatten().to(logits.device)
+            total = total + share * (classification(logits.flatten(0, 1), wanted) if len(i) else logits.sum()).cpu()
+        total = parallel.total(total)
         return {"loss": total, "cross_entropy": total / len(items)}
 
     config = FitConfig(epochs=1, lr=lr, clip_norm=None, seed=seed, checkpoint_every=10**9)
