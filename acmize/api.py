@@ -39,6 +39,7 @@ from acmize.init import collect_moments, init_
 from acmize.insert import convert_
 from acmize.methods.token_merging import set_schedule
 from acmize.models import load_model
+from acmize.phases._loop import History
 from acmize.phases.calibrate import Calibration, calibrate, set_budget
 from acmize.phases.distill import distill, distillable
 from acmize.phases.finetune import drawn_budget, finetune
@@ -229,15 +230,10 @@ class _Conversion:
         done = None if self.work is None else self.work / f"{name}.safetensors"
         told = None if done is None else done.with_suffix(".json")
         if done is not None and told is not None and done.exists():
-            if name == "distill" and (done.parent / "dense.json").exists():
-                self._replan(**read_json(done.parent / "dense.json"))
-            self.model.load_state_dict(load_tensors(done))
-            kept = read_json(told)
-            self.findings += [Finding(**f) for f in kept["findings"]]
-            self.seconds[name] = kept["seconds"]
-            self.measured |= kept["measured"]
-            log.info("%s: resumed", name)
-            return
+            try:
+                return self._restore(name, done, told)
+            except AcmizeError as error:  # every stage comes to the same end again
+                log.warning("%s: %s; running it again", name, error)
         start = time.perf_counter()
         torch.manual_seed(self.recipe.seed)
         before = len(self.findings)
@@ -248,6 +244,26 @@ class _Conversion:
             write_json(told, {"seconds": self.seconds[name], "findings": found, "measured": self.measured})
             save_tensors(done, self.model.state_dict())
         log.info("%s: %.0f s", name, self.seconds[name])
+
+    def _restore(self, name: str, done: Path, told: Path) -> None:
+        """What a stage left behind.
+
+        Raises:
+            AcmizeError: one of its files is damaged; nothing has been changed.
+        """
+        tensors, kept = load_tensors(done), read_json(told)
+        if name == "distill" and (done.parent / "dense.json").exists():
+            self._replan(**read_json(done.parent / "dense.json"))
+        self.model.load_state_dict(tensors)
+        self.findings += [Finding(**f) for f in kept["findings"]]
+        self.seconds[name] = kept["seconds"]
+        self.measured |= kept["measured"]
+        log.info("%s: resumed", name)
+
+    def _note(self, history: History) -> None:
+        """Steps of a phase that were skipped, and times its rate was lowered, for the results."""
+        if history.faults.skipped:
+            self.measured[f"{history.name}_faults"] = history.faults.to_dict()
 
     def _checkpoint(self) -> dict[str, Any]:
         return {"checkpoint": self.work, "resume": self.work is not None}
@@ -272,6 +288,7 @@ class _Conversion:
             self.model, self._source(), batches, steps_per_epoch=steps, tokens=options.tokens,
             config=self.recipe.loop(epochs=options.epochs, lr=options.lr), **self._checkpoint(),
         )  # fmt: skip
+        self._note(history)
         failed = check_sites(history.last, self.recipe.max_error)
         self.findings += failed
         if failed and 2 * len(failed) <= len(distillable(self.model)):  # when most fail, the training is at fault
@@ -366,6 +383,7 @@ class _Conversion:
                 config=loop, task=self.images.task, mix=mix, gates={k: v for k, v in gates.items() if v is not None},
                 **self._checkpoint(),
             )  # fmt: skip
+        self._note(history)
         self.measured["finetune_loss"] = [round(terms["loss"], 4) for terms in history.logs]
         if train.interpolate:
             scores = interpolate_(self.model, before, self._held_out_error())
@@ -404,6 +422,7 @@ class _Conversion:
         self.findings += check_gates(self.model, self.plan, held, results)
         results["split"] = "test" if self.images.test is not None else "held out of train"
         results["findings"] = [f.to_dict() for f in self.findings]
+        results["left_out"] = sorted(self.images.unreadable.found.values())
         results["environment"] = environment(next(self.model.parameters()).device)
         return results
 

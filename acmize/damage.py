@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acmize.errors import AcmizeError
 from acmize.gates import AdaptiveModule, Choose, Gate, choosing, record
 from acmize.inputs import Batch, counted, forward, logits_of
 
@@ -82,6 +83,8 @@ def collect_damage(
             with torch.autocast(batch.device.type, torch.bfloat16, enabled=bf16):
                 with torch.no_grad():
                     probabilities = counted(logits_of(forward(teacher, batch)), batch).float().softmax(-1)
+                if not probabilities.isfinite().all():
+                    raise AcmizeError("found outputs of the dense model that are not finite; check weights and data")
                 drawn = torch.multinomial(probabilities.cpu(), draws, replacement=True, generator=generator)
                 _one_batch(model, batch, drawn.to(probabilities.device), choose, generator, keep_tokens, rows)
     finally:
