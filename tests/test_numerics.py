@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_hosts import HOSTS
-from tiny import CONFIG, Random, adapted, images, noisy, vit
 from timm.models.vision_transformer import VisionTransformer
+from tiny import CONFIG, HOSTS, Random, adapted, images, inputs_for, noisy, vit
 
-from acmize import gates, ops
+from acmize import gates
+from acmize.errors import AcmizeError
 from acmize.gates import AdaptiveModule, choosing, full_width, record, set_dial
+from acmize.hosts import make_plan
+from acmize.insert import convert_
 from acmize.methods.acm import AcmConfig
+from acmize.ops import use_backend
 from acmize.phases.calibrate import Calibration, realised, set_budget
 
 IMAGE_HOSTS = ("vit", "eva02", "swin", "convnext")
@@ -28,13 +31,9 @@ def pair() -> Any:
 
 
 def by_reference(model: torch.nn.Module, x: torch.Tensor, seed: int) -> torch.Tensor:
-    """The plain, slow forward of every module, with the choices of a seed."""
-    copied: Any = copy.deepcopy(model)
-    for module in copied.modules():
-        if isinstance(module, AdaptiveModule):
-            module.forward = lambda z, m=module: m.forward_reference(z, m.decide(z))  # pyright: ignore
-    with torch.no_grad(), choosing(copied, Random(seed)):
-        return copied(x)
+    """All the work in float32, then masks, with the choices of a seed."""
+    with torch.no_grad(), choosing(model, Random(seed)), use_backend("masked"):
+        return model(x)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-4), (torch.bfloat16, 0.08), (torch.float16, 0.02)], ids=str)
@@ -77,11 +76,9 @@ def test_deterministic_mode(pair: Any) -> None:
 
 @pytest.mark.parametrize("host", IMAGE_HOSTS)
 def test_a_batch_of_one_and_of_none(host: str) -> None:
-    """One sample is what it is among others; none gives no outputs and costs nothing."""
+    """One sample is what it is among others; none gives what the dense model gives, which may be a refusal of timm's."""
     dense = HOSTS[host]()
     model, _ = adapted(dense)
-    from tiny import inputs_for
-
     x = inputs_for(dense, 3)
     set_dial(model.eval(), 0.5)
     with torch.no_grad():
@@ -89,19 +86,20 @@ def test_a_batch_of_one_and_of_none(host: str) -> None:
         alone = torch.cat([model(x[i : i + 1]) for i in range(3)])
         assert together.std() > 0
         torch.testing.assert_close(alone, together, atol=2e-5, rtol=1e-4)
-        with record(model, 0) as seen:
-            none = model(x[:0])
-    assert none.shape == (0, 5)
-    assert seen.executed().shape == (0,)
+        try:
+            expected = dense(x[:0]).shape
+        except RuntimeError:
+            assert host in ("eva02", "swin")
+            return
+        assert model(x[:0]).shape == expected == (0, 5)
+    with pytest.raises(AcmizeError, match="found 0 samples"), record(model, 0):
+        pass
 
 
 def test_a_very_long_sequence() -> None:
     """4097 tokens: sorted learners against the plain forward; and 65,536 of them through one site."""
     dense = noisy(VisionTransformer(img_size=256, patch_size=4, embed_dim=16, depth=1, num_heads=2, num_classes=5))
-    from acmize.hosts import make_plan
-    from acmize.insert import convert_
-
-    plan = make_plan(dense, CONFIG)
+    plan = make_plan(dense, CONFIG, example=(images(1, size=256),))
     model = convert_(copy.deepcopy(dense), plan).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
@@ -154,4 +152,3 @@ def test_primitives_of_no_token_and_of_one(tokens: int) -> None:
             expected: Any = site.forward_reference(x, decision)
         assert out.shape[:2] == (1, tokens)
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
-    assert ops is not None

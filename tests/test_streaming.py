@@ -86,9 +86,7 @@ def test_any_row_is_found_by_its_number(images: Images, start: int) -> None:
 
 
 @pytest.mark.parametrize("window", [7, 16, 1024])
-def test_an_epoch_is_found_again_in_its_middle(
-    images: Images, monkeypatch: pytest.MonkeyPatch, window: int
-) -> None:
+def test_an_epoch_is_found_again_in_its_middle(images: Images, monkeypatch: pytest.MonkeyPatch, window: int) -> None:
     monkeypatch.setattr(streaming, "WINDOW", window)
     of, steps = images.epochs(images.augmented, 0)
     whole = list(of(1))
@@ -160,12 +158,12 @@ def test_names_in_an_archive_lead_nowhere(tmp_path: Path) -> None:
 
 def test_what_a_stream_has_to_say(folder: Path) -> None:
     model = load_model("acmize_vit_digits")
-    with pytest.raises(AcmizeError, match="found a stream of unknown length.* give --limit"):
+    with pytest.raises(AcmizeError, match=r"found a stream of unknown length.* give --limit"):
         Images(str(folder), model, resolve(OPTIONS, {**STREAM, "limit": None}))
     parts = datasets.IterableDatasetDict(train=digits_dataset()["train"].to_iterable_dataset())
     given = Images(parts, model, resolve(OPTIONS, STREAM))
     assert given.test is None
-    with pytest.raises(AcmizeError, match="expected a path, a hub id or a datasets.DatasetDict.*--streaming"):
+    with pytest.raises(AcmizeError, match=r"expected a path, a hub id or a datasets.DatasetDict.*--streaming"):
         Images(parts, model, resolve(OPTIONS))
     texts = datasets.IterableDatasetDict(train=datasets.Dataset.from_dict({"text": ["a"] * 9}).to_iterable_dataset())
     with pytest.raises(AcmizeError, match="expected one image column"):
