@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -157,7 +158,7 @@ def decode_image(stored: dict[str, Any] | None, mode: str, what: str) -> Image.I
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of damage that it can work around, and of large pictures
-            with Image.open(io.BytesIO(_bytes(stored)), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(_bytes(stored)), formats=_formats()) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * max(min(width, height), 1):
                     raise ValueError(f"{width} x {height} pixels, more or longer than {MAX_PIXELS} or {MAX_ASPECT} : 1")
@@ -169,6 +170,13 @@ def decode_image(stored: dict[str, Any] | None, mode: str, what: str) -> Image.I
         raise UnreadableSample(
             f"{what} ({where}): expected a readable image, found: {why}; repair it or take it out"
         ) from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow can read; it knows only a few before it is asked for all."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

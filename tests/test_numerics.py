@@ -76,7 +76,7 @@ def test_deterministic_mode(pair: Any) -> None:
 
 @pytest.mark.parametrize("host", IMAGE_HOSTS)
 def test_a_batch_of_one_and_of_none(host: str) -> None:
-    """One sample is what it is among others; none gives what the dense model gives, which may be a refusal of timm's."""
+    """One sample is what it is among others; none gives what the dense model gives, be it a refusal of timm's."""
     dense = HOSTS[host]()
     model, _ = adapted(dense)
     x = inputs_for(dense, 3)
