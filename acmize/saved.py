@@ -116,9 +116,12 @@ def _check_results(results: dict[str, Any]) -> None:
             _figures(row, "budget", "macs_ratio", metric, "agreement")
             if not isinstance(row["budget"], int | float) or not 0 < row["budget"] <= 1:
                 raise ValueError(f"results.json: found a budget of {row['budget']!r}, expected one in (0, 1]")
-    for found in (results.get("environment", {}), results.get("latency", {})):
-        if not isinstance(found, dict):
-            raise TypeError("results.json: environment and latency must be objects")
+    for name in ("dense", "environment", "latency"):
+        if not isinstance(results.get(name, {}), dict):
+            raise TypeError(f"results.json: {name} must be an object")
+    for finding in results.get("findings", []):
+        if not all(isinstance(finding[name], str) for name in ("kind", "site", "message")):
+            raise TypeError("results.json: findings must be text")
     if "latency" in results:
         latency = results["latency"]
         _figures(latency, "batch_size", "target_ms", "threads")

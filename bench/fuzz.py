@@ -204,10 +204,12 @@ class Checkpoints:
 
         import acmize
         from acmize.hub import model_card
+        from acmize.report.page import content, render
 
         model = acmize.from_pretrained(self.model)
         if draw.random() < 0.1:
             model_card(model)
+            render(content(model))
             size = model.base["pretrained_cfg"]["input_size"]
             if list(size) == [3, 16, 16]:
                 with torch.no_grad():
