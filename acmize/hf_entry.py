@@ -39,9 +39,7 @@ class AcmizeConfig(PreTrainedConfig):
 
     def __init__(self, num_classes: int = 1000, **kwargs: Any) -> None:
         if type(num_classes) is not int or not 0 <= num_classes <= MAX_SIZE:
-            raise AcmizeError(
-                f"config.json: num_classes: found {str(num_classes)[:40]!r}; restore the file"
-            )
+            raise AcmizeError(f"config.json: num_classes: found {str(num_classes)[:40]!r}; restore the file")
         super().__init__(**kwargs)
         self.num_labels = num_classes
 

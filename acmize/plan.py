@@ -443,13 +443,14 @@ def _merging(d: dict[str, Any]) -> Merging:
         "merging", **counts, fixed=merging.fixed or 0, linear_macs=merging.linear_macs, dense_macs=merging.dense_macs
     )
     _whole("merging", least=1, tokens=merging.tokens, blocks=merging.blocks, every=merging.every)
-    each, (high, low), _ = (merging.linear_macs, merging.dense_macs), merging.knees, _two(merging.first)
+    each, (high, low) = (merging.linear_macs, merging.dense_macs), _two(merging.knees)
+    shares = (*_two(merging.first), *_two(merging.bend), float(merging.slope), float(merging.start))
     if (
         any(len(macs) != merging.blocks for macs in each)
         or not merging.prefix < merging.tokens <= 1_000_000
         or not low < high
-        or not 0 <= float(merging.slope) <= 100
-        or not 0 <= float(merging.start) <= 100
+        or not all(-100 <= share <= 100 for share in shares)
+        or not 0 <= float(merging.decay) <= 1
         or not isinstance(merging.path, str)
         or not isinstance(merging.neighbours, bool)
     ):
