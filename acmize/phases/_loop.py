@@ -215,7 +215,8 @@ def fit(
     def load() -> dict[str, Any]:
         """The last checkpoint, whether of an earlier run or of this one; returns what else it kept."""
         nonlocal step, batch, logs, before, begun, faults, resumed_rng
-        state = load_training_state(folder or Path(), model=model, optimizer=raw, ema=ema)
+        assert folder is not None
+        state = load_training_state(folder, model=model, optimizer=raw, ema=ema)
         step, found, resumed_rng = state["step"], state["extra"], rng_state()
         if found["options"] != options:
             wrong = sorted(k for k in options if found["options"].get(k) != options[k])
