@@ -192,7 +192,10 @@ class Speech:
         self.calibration = self.held if enough else JoinedAudio(self.held, self.fit)
         self.test = None if splits.test is None else splits.audio(splits.test, "test", rate, self.unreadable)
         self.augmented = self.fit
-        self.example = (example_speech(model, frames_of(model, fmean(self.fit.seconds()) * rate)),)
+        lengths = [seconds for seconds in self.fit.seconds() if seconds > 0]
+        if not lengths:
+            raise AcmizeError(f"data {splits.name}: found no recording that can be read, expected some; mend the data")
+        self.example = (example_speech(model, frames_of(model, fmean(lengths) * rate)),)
         self.alone = alone_only(model) is not None
         self.batch_size = 1 if self.alone else recipe.batch_size
         self.task = transcript_task(model, recipe.losses.label_smoothing)
