@@ -40,6 +40,7 @@ from acmize.init import initialise_
 from acmize.insert import converted
 from acmize.methods.token_merging import set_schedule
 from acmize.models import load_model
+from acmize.phases._loop import History
 from acmize.phases.calibrate import Calibration, calibrate, set_budget
 from acmize.phases.distill import distill, distillable
 from acmize.phases.finetune import drawn_budget, finetune
@@ -244,15 +245,10 @@ class _Conversion:
         done = None if self.work is None else self.work / f"{name}.safetensors"
         told = None if done is None else done.with_suffix(".json")
         if done is not None and told is not None and done.exists():
-            if name == "distill" and (done.parent / "dense.json").exists():
-                self._replan(**read_json(done.parent / "dense.json"))
-            self.model.load_state_dict(load_tensors(done))
-            kept = read_json(told)
-            self.findings += [Finding(**f) for f in kept["findings"]]
-            self.seconds[name] = kept["seconds"]
-            self.measured |= kept["measured"]
-            log.info("%s: resumed", name)
-            return
+            try:
+                return self._restore(name, done, told)
+            except AcmizeError as error:  # every stage comes to the same end again
+                log.warning("%s: %s; running it again", name, error)
         start = time.perf_counter()
         torch.manual_seed(self.recipe.seed)
         before = len(self.findings)
@@ -264,6 +260,26 @@ class _Conversion:
             save_tensors(done, self.model.state_dict())
         parallel.wait()
         log.info("%s: %.0f s, memory up to %.2f GB", name, self.seconds[name], self.peaks[name])
+
+    def _restore(self, name: str, done: Path, told: Path) -> None:
+        """What a stage left behind.
+
+        Raises:
+            AcmizeError: one of its files is damaged; nothing has been changed.
+        """
+        tensors, kept = load_tensors(done), read_json(told)
+        if name == "distill" and (done.parent / "dense.json").exists():
+            self._replan(**read_json(done.parent / "dense.json"))
+        self.model.load_state_dict(tensors)
+        self.findings += [Finding(**f) for f in kept["findings"]]
+        self.seconds[name] = kept["seconds"]
+        self.measured |= kept["measured"]
+        log.info("%s: resumed", name)
+
+    def _note(self, history: History) -> None:
+        """Steps of a phase that were skipped, and times its rate was lowered, for the results."""
+        if history.faults.skipped:
+            self.measured[f"{history.name}_faults"] = history.faults.to_dict()
 
     def _checkpoint(self) -> dict[str, Any]:
         return {"checkpoint": self.work, "resume": self.work is not None}
@@ -292,6 +308,7 @@ class _Conversion:
             config=self.recipe.loop(epochs=options.epochs, lr=options.lr), by_site=options.by_site,
             **self._checkpoint(),
         )  # fmt: skip
+        self._note(history)
         failed = check_sites(history.last, self.recipe.max_error)
         self.findings += failed
         if failed and 2 * len(failed) <= len(distillable(self.model)):  # when most fail, the training is at fault
@@ -386,6 +403,7 @@ class _Conversion:
                 config=loop, task=self.images.task, mix=mix, gates={k: v for k, v in gates.items() if v is not None},
                 shard=train.shard, **self._checkpoint(),
             )  # fmt: skip
+        self._note(history)
         self.measured["finetune_loss"] = [round(terms["loss"], 4) for terms in history.logs]
         if train.interpolate:
             scores = interpolate_(self.model, before, self._held_out_error())
@@ -428,6 +446,7 @@ class _Conversion:
         self.findings += check_gates(self.model, self.plan, held, results)
         results["split"] = "test" if self.images.test is not None else "held out of train"
         results["findings"] = [f.to_dict() for f in self.findings]
+        results["left_out"] = sorted(self.images.unreadable.found.values())
         results["environment"] = environment(next(self.model.parameters()).device)
         return results
 

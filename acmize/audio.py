@@ -18,14 +18,17 @@ import torch
 from torch import Tensor
 
 from acmize.batches import Stream, numpy_generator
-from acmize.errors import AcmizeError
+from acmize.errors import AcmizeError, UnreadableSample
 from acmize.splits import TEST_NAMES, limited, load_splits
+from acmize.unreadable import Unreadable
 
 if TYPE_CHECKING:
     import datasets
 
 _AUDIO_NAMES = ("audio", "speech", "file")
 _SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3", ".aiff")
+RATES = (1_000, 768_000)  # Hz that a recording can have
+MAX_SAMPLES = 1 << 26  # 70 minutes at 16 kHz, as stored, channels counted, and at the model's rate; 268 MB
 _TEXT_NAMES = ("transcription", "transcript", "text", "sentence", "normalized_text")
 
 
@@ -47,10 +50,17 @@ class AudioSet:
         audio_column: column with the recordings.
         text_column: column with the transcripts, or None.
         rate: of the model, in Hz; recordings of another rate are resampled by soxr.
+        unreadable: where recordings that cannot be read are counted; `some` leaves them out, a single one is an error.
     """
 
     def __init__(
-        self, data: datasets.Dataset, name: str, audio_column: str, text_column: str | None, rate: int
+        self,
+        data: datasets.Dataset,
+        name: str,
+        audio_column: str,
+        text_column: str | None,
+        rate: int,
+        unreadable: Unreadable | None = None,
     ) -> None:
         import datasets
 
@@ -58,23 +68,27 @@ class AudioSet:
         self._rows: Any = data.cast_column(audio_column, datasets.Audio(decode=False)) if undecoded else data
         self.name, self.rate = name, rate
         self._audio, self._text = audio_column, text_column
+        self.unreadable = unreadable or Unreadable()
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Utterance:
         row = self._rows[index]
-        stored = row[self._audio]
-        wave, rate = _decode(stored, f"recording {index} of {self.name}")
-        if rate != self.rate:
-            import soxr
-
-            wave = soxr.resample(wave, rate, self.rate)
+        wave = decode_audio(row[self._audio], f"recording {index} of {self.name}", self.rate)
         text = row.get(self._text) if self._text else None
-        return Utterance(torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32)), text, (self.name, index))
+        return Utterance(torch.from_numpy(wave), text, (self.name, index))
+
+    def some(self, indices: Sequence[int]) -> list[Utterance]:
+        """The readable ones of some recordings; see `unreadable.Unreadable.read`."""
+        return self.unreadable.read(self.__getitem__, indices, len(self), lambda index: (self.name, index))
 
     def __iter__(self) -> Iterator[Utterance]:
-        return (self[i] for i in range(len(self)))
+        for index in range(len(self)):
+            try:
+                yield self[index]
+            except UnreadableSample as error:
+                self.unreadable.note((self.name, index), error)
 
     @property
     def has_transcripts(self) -> bool:
@@ -82,10 +96,8 @@ class AudioSet:
         return self._text is not None and any(self._rows[self._text])
 
     def seconds(self) -> list[float]:
-        """Length of every recording, from the files' headers."""
-        import soundfile
-
-        return [soundfile.info(_file(row[self._audio])).duration for row in self._rows]
+        """Length of every recording, from the files' headers; 0 of those that have none."""
+        return [_seconds(row[self._audio]) for row in self._rows]
 
 
 class JoinedAudio:
@@ -105,6 +117,15 @@ class JoinedAudio:
     def __getitem__(self, index: int) -> Utterance:
         part, i = self._places[index]
         return part[i]
+
+    def some(self, indices: Sequence[int]) -> list[Utterance]:
+        """The readable ones of some recordings."""
+
+        def key(index: int) -> tuple[str, int]:
+            part, i = self._places[index]
+            return part.name, i
+
+        return self._parts[0].unreadable.read(self.__getitem__, indices, len(self), key)
 
     def seconds(self) -> list[float]:
         """Length of every recording."""
@@ -130,9 +151,9 @@ class AudioSplits:
             raise AcmizeError(f"data {self.name!r}: found no {which} split, expected one; add it")
         return found
 
-    def audio(self, data: datasets.Dataset, split: str, rate: int) -> AudioSet:
+    def audio(self, data: datasets.Dataset, split: str, rate: int, unreadable: Unreadable | None = None) -> AudioSet:
         """A split, or a part of it, as utterances."""
-        return AudioSet(data, split, _audio_column(data, self.name), _text_column(data), rate)
+        return AudioSet(data, split, _audio_column(data, self.name), _text_column(data), rate, unreadable)
 
 
 def open_audio(path: str | Path | datasets.DatasetDict, *, limit: int | None = None, seed: int = 0) -> AudioSplits:
@@ -206,21 +227,40 @@ def _folder_split(folder: Path) -> datasets.Dataset:
     import datasets
 
     rows: list[dict[str, Any]] = [{"file_name": str(file.relative_to(folder))} for file in _recordings(folder)]
-    if (table := folder / "metadata.csv").is_file():
-        with table.open(encoding="utf-8", newline="") as lines:
-            rows = list(csv.DictReader(lines))
-    elif (table := folder / "metadata.jsonl").is_file():
-        rows = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if rows and "file_name" not in rows[0]:
-        raise AcmizeError(f"{table}: found the columns {', '.join(rows[0])}, expected file_name among them; add it")
+    table = next((t for t in (folder / "metadata.csv", folder / "metadata.jsonl") if t.is_file()), folder)
+    try:
+        if table.suffix == ".csv":
+            with table.open(encoding="utf-8", newline="") as lines:
+                rows = list(csv.DictReader(lines, strict=True))
+        elif table.suffix == ".jsonl":
+            rows = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not all(isinstance(row, dict) and {*map(type, row)} == {str} for row in rows):
+            raise ValueError("rows that are no objects, or longer than the first line")
+    except (ValueError, csv.Error, RecursionError) as error:  # ValueError: neither UTF-8 nor JSON
+        raise AcmizeError(f"{table}: cannot be read ({str(error)[:300]}); mend or remove it") from None
+    lacking = next((row for row in rows if "file_name" not in row), None)
+    if lacking is not None:
+        found = ", ".join(lacking)[:300]
+        raise AcmizeError(f"{table}: found the columns {found}, expected file_name among them; add it")
     files = [folder / str(row.pop("file_name")) for row in rows]
-    missing = next(
-        (file for file in files if not file.is_file() or not file.resolve().is_relative_to(folder.resolve())), None
-    )
+    missing = next((file for file in files if not _inside(file, folder)), None)
     if missing is not None:
-        raise AcmizeError(f"{table}: names {missing}, which is no file in {folder}; mend or remove the row")
-    made = [{"audio": {"path": str(file), "bytes": None}, **row} for file, row in zip(files, rows, strict=True)]
-    return datasets.Dataset.from_list(made)
+        raise AcmizeError(
+            f"{table}: names {str(missing)[:300]!r}, which is no file in {folder}; mend or remove the row"
+        )
+    made = [{**row, "audio": {"path": str(file), "bytes": None}} for file, row in zip(files, rows, strict=True)]
+    try:
+        return datasets.Dataset.from_list(made)
+    except Exception as error:  # kinds of pyarrow: values of one column that have no type in common
+        raise AcmizeError(f"{table}: its columns do not fit together ({str(error)[:300]}); mend the rows") from None
+
+
+def _inside(file: Path, folder: Path) -> bool:
+    """Whether a path leads to a file in a folder, links and dots followed."""
+    try:
+        return file.is_file() and file.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError):  # too long, or a zero byte
+        return False
 
 
 def _audio_column(data: datasets.Dataset, name: str) -> str:
@@ -238,26 +278,69 @@ def _audio_column(data: datasets.Dataset, name: str) -> str:
 
 
 def _text_column(data: datasets.Dataset) -> str | None:
-    return next((column for column in _TEXT_NAMES if column in data.features), None)
+    texts = [column for column in _TEXT_NAMES if "string" in str(getattr(data.features.get(column), "dtype", ""))]
+    return texts[0] if texts else None
 
 
 def _file(stored: dict[str, Any]) -> Any:
     return stored["path"] if stored.get("bytes") is None else io.BytesIO(stored["bytes"])
 
 
-def _decode(stored: dict[str, Any] | None, what: str) -> tuple[np.ndarray, int]:
-    """(L,) float32 samples, channels averaged, and their rate."""
+def _seconds(stored: dict[str, Any] | None) -> float:
+    import soundfile
+
+    try:
+        return 0.0 if stored is None else float(soundfile.info(_file(stored)).duration)
+    except (OSError, RuntimeError, TypeError):
+        return 0.0
+
+
+def decode_audio(stored: dict[str, Any] | None, what: str, rate: int) -> np.ndarray:
+    """(L,) float32 samples of a recording at a rate, channels averaged.
+
+    Args:
+        stored: "bytes", or None and the "path" of the file.
+        what: to call it by in errors.
+        rate: in Hz.
+
+    Raises:
+        UnreadableSample: there is none, it is damaged, empty, far too long, or holds numbers that are none.
+        AcmizeError: soundfile or soxr is not installed.
+    """
     try:
         import soundfile
+        import soxr
     except ImportError:
-        raise AcmizeError("audio: soundfile is missing; pip install 'acmize[speech]'") from None
+        raise AcmizeError("audio: soundfile or soxr is missing; pip install 'acmize[speech]'") from None
     if stored is None:
-        raise AcmizeError(f"{what}: found none, expected audio; take the row out of the data")
+        raise UnreadableSample(f"{what}: found none, expected audio; take the row out of the data")
+    where = str(stored.get("path") or "stored in the data")[:200]
     try:
-        wave, rate = soundfile.read(_file(stored), dtype="float32", always_2d=True)
-    except (OSError, RuntimeError) as error:
-        where = stored.get("path") or "stored in the data"
-        raise AcmizeError(f"{what} ({where}): expected readable audio, found: {error}; repair or remove it") from None
-    if not len(wave):
-        raise AcmizeError(f"{what}: found no samples, expected audio; take the row out of the data")
-    return wave.mean(1), int(rate)
+        with soundfile.SoundFile(_file(stored)) as file:
+            own, channels = int(file.samplerate), int(file.channels)
+            most = MAX_SAMPLES // max(channels, 1, -(-rate // max(own, 1)))
+            if not RATES[0] <= own <= RATES[1]:
+                raise ValueError(f"a rate of {own} Hz, expected {RATES[0]} to {RATES[1]}")
+            wave = _read(file, most)
+        if not len(wave):
+            raise ValueError("no samples")
+        if not np.isfinite(wave).all():
+            raise ValueError("samples that are no numbers")
+        wave = soxr.resample(wave, own, rate) if own != rate else wave
+        return np.ascontiguousarray(wave, dtype=np.float32)
+    except (OSError, RuntimeError, ValueError, TypeError, MemoryError) as error:
+        why = (str(error) or type(error).__name__)[:300]
+        raise UnreadableSample(
+            f"{what} ({where}): expected readable audio, found: {why}; repair it or take it out"
+        ) from error
+
+
+def _read(file: Any, most: int) -> np.ndarray:
+    """(L,) float32 samples, block by block: the header may promise any number of them."""
+    blocks, left = [np.empty(0, np.float32)], most
+    while len(block := file.read(1 << 20, dtype="float32", always_2d=True)):
+        left -= len(block)
+        if left < 0:
+            raise ValueError(f"more than {most} samples")
+        blocks.append(block.mean(1))
+    return np.concatenate(blocks)

@@ -107,6 +107,18 @@ class OwnRows(Sampler[list[int]]):
 class Loader(DataLoader):
     """A `DataLoader` of batches `(x_BCHW, labels_B int64)`; made by `loader`."""
 
+    def __iter__(self) -> Any:
+        """Batches; a worker process that dies is an error of ours."""
+        try:
+            yield from super().__iter__()
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            why = str(error).splitlines()[0]
+            raise AcmizeError(
+                f"data: a process that decodes samples ended ({why}); it may lack memory: use fewer workers, and resume"
+            ) from error
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch for the order and for the augmentation, before iterating.
 
@@ -196,7 +208,8 @@ def cached(dataset: Dataset, *, max_bytes: int = 2 << 30, workers: int = 0) -> D
         workers: Processes that decode.
 
     Returns:
-        A `CachedImages`, or the data set itself if it is cached already, empty, or larger than `max_bytes`.
+        A `CachedImages` of those that can be read, or the data set itself if it is cached already, empty, or larger
+        than `max_bytes`.
 
     Raises:
         ValueError: The items are augmented: the cache would freeze one epoch.
@@ -204,13 +217,13 @@ def cached(dataset: Dataset, *, max_bytes: int = 2 << 30, workers: int = 0) -> D
     size = len(dataset)  # type: ignore[arg-type]
     if size == 0 or isinstance(dataset, CachedImages):
         return dataset
-    first_CHW = dataset[0][0]
+    first_CHW = _first(dataset)
     if 2 * size * first_CHW.numel() > max_bytes:
         return dataset
     if hasattr(dataset, "set_epoch"):
         epoch = dataset.epoch  # type: ignore[attr-defined]
         dataset.set_epoch(epoch + 1)  # type: ignore[attr-defined]
-        other_CHW = dataset[0][0]
+        other_CHW = _first(dataset)
         dataset.set_epoch(epoch)  # type: ignore[attr-defined]
         if not torch.equal(first_CHW, other_CHW):
             raise ValueError("dataset: found images that change from epoch to epoch; cache those for evaluation")
@@ -221,7 +234,12 @@ def cached(dataset: Dataset, *, max_bytes: int = 2 << 30, workers: int = 0) -> D
         stop = start + len(labels_B)
         images_NCHW[start:stop], labels_N[start:stop] = x_BCHW, labels_B
         start = stop
-    return CachedImages(images_NCHW, labels_N)
+    return CachedImages(images_NCHW[:start], labels_N[:start])
+
+
+def _first(dataset: Any) -> Tensor:
+    """The first image (C, H, W) that can be read."""
+    return dataset.__getitems__([0])[0][0] if hasattr(dataset, "__getitems__") else dataset[0][0]
 
 
 class SeededMixup:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
+import math
 import os
 import random
 import re
@@ -24,7 +26,9 @@ from torch import Tensor, nn
 
 from acmize.errors import AcmizeError
 
+log = logging.getLogger("acmize")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+MAX_JSON = 64 << 20  # bytes; the plan of a model of a billion parameters takes one hundredth of them
 AGAIN = "remove the folder to start again, or name another one"
 
 
@@ -104,7 +108,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
     """
     try:
         return load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:  # the last: an unknown dtype
         raise _unreadable(path, error, "a whole safetensors file") from error
 
 
@@ -132,20 +136,45 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Reads a JSON file.
+    """Reads a JSON file as `write_json` writes it: UTF-8, finite numbers, no key twice.
 
     Raises:
-        AcmizeError: The file is missing or damaged.
+        AcmizeError: The file is missing, damaged, no file, or larger than `MAX_JSON`.
     """
+    path = Path(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # ValueError: not JSON, or not UTF-8
+        if path.exists() and not path.is_file():
+            raise ValueError("a folder or a device")
+        if path.stat().st_size > MAX_JSON:
+            raise ValueError(f"{path.stat().st_size} bytes, more than {MAX_JSON}")
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # half a character could be neither printed nor saved
+        return value
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
         raise _unreadable(path, error, "a whole JSON file") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are all different: of two values for one key, readers may see one each."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"the key {twice[:80]!r} twice")
+    return made
+
+
+def _finite(text: str) -> float:
+    """A number that is one: neither NaN nor infinite, as 1e999 would be."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"the number {text[:20]}")
+    return value
 
 
 def _unreadable(path: str | Path, error: Exception, expected: str) -> AcmizeError:
     missing = isinstance(error, FileNotFoundError)
-    found, remedy = ("nothing", "check the path") if missing else (repr(str(error)), "copy or save it again")
+    found, remedy = ("nothing", "check the path") if missing else (repr(str(error))[:300], "copy or save it again")
     return AcmizeError(f"{path}: found {found}, expected {expected}; {remedy}")
 
 
@@ -164,10 +193,11 @@ def recover_dir(path: str | Path) -> bool:
 
 
 @contextmanager
-def atomic_dir(path: str | Path) -> Iterator[Path]:
+def atomic_dir(path: str | Path, *, keep: bool = False) -> Iterator[Path]:
     """Yields an empty folder beside `path` that replaces `path`, as a whole, when the block succeeds.
 
-    When the block fails the new folder is removed and an old one stays as it was. One writer at a time.
+    When the block fails the new folder is removed and an old one stays as it was. One writer at a time. With `keep`,
+    the folder that was replaced stays beside the new one, for `older`.
 
     Raises:
         AcmizeError: The disk is full or refuses, or `path` is a file.
@@ -179,15 +209,16 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     recover_dir(path)
     with _disk(path, "write"):
         try:
-            for leftover in (new, old):
-                if leftover.exists():
-                    shutil.rmtree(leftover)
+            if new.exists():
+                shutil.rmtree(new)
             new.mkdir(parents=True)
             yield new
             for part in new.rglob("*"):
                 _flush(part)
             _flush(new)
             if path.exists():
+                if old.exists():
+                    shutil.rmtree(old)
                 path.rename(old)
             new.rename(path)
             _flush(path.parent)
@@ -196,8 +227,14 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
             raise
         finally:
             shutil.rmtree(new, ignore_errors=True)
-            if path.exists():
+            if path.exists() and not keep:
                 shutil.rmtree(old, ignore_errors=True)
+
+
+def older(path: str | Path) -> Path | None:
+    """The folder that the last `atomic_dir(path, keep=True)` replaced, if there is one."""
+    old = _aside(Path(os.path.realpath(path)), "old")
+    return old if old.is_dir() else None
 
 
 def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -244,6 +281,9 @@ def _unflatten(tensors: dict[str, Tensor], structure: dict[str, Any], now: dict[
     """The inverse of `_flatten`; `now`, the optimizer's present state dict, says what JSON forgot: tuples."""
     groups = [dict(group) for group in structure["groups"]]
     for group, present in zip(groups, now["param_groups"], strict=True):
+        other = [k for k in present if k in group and not isinstance(present[k], Tensor | tuple | type(group[k]))]
+        if other:
+            raise TypeError(f"{other[0]} {str(group[other[0]])[:40]!r}")
         group |= {k: tuple(v) for k, v in group.items() if isinstance(present.get(k), tuple)}
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *structure["scalars"].items()]:
@@ -265,7 +305,7 @@ def save_training_state(
     extra: dict[str, Any],
     ema: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes all that an exact resume needs into `folder`, which is replaced as a whole.
+    """Writes all that an exact resume needs into `folder`, which is replaced as a whole; the one before is kept.
 
     Args:
         folder: Holds `model`, `optimizer`, `rng` and perhaps `ema` as safetensors, and `state.json`.
@@ -281,7 +321,7 @@ def save_training_state(
     """
     tensors, structure = _flatten(optimizer.state_dict())
     rng_tensors, rng = rng_state()
-    with atomic_dir(folder) as new:
+    with atomic_dir(folder, keep=True) as new:
         save_tensors(new / "model.safetensors", model.state_dict())
         save_tensors(new / "optimizer.safetensors", tensors)
         save_tensors(new / "rng.safetensors", rng_tensors)
@@ -300,6 +340,8 @@ def load_training_state(
 ) -> dict[str, Any]:
     """Restores what `save_training_state` wrote, random generators included; changes all or nothing.
 
+    Where the last state is damaged, the one before it is restored, with a warning.
+
     Returns:
         `step`, `epoch` and `extra` as they were given.
 
@@ -307,7 +349,22 @@ def load_training_state(
         AcmizeError: A file is missing, damaged, or belongs to another model or optimizer.
     """
     recover_dir(folder)
-    folder = Path(folder)
+    try:
+        return _load_training_state(Path(folder), model, optimizer, ema)
+    except AcmizeError as error:
+        if (before := older(folder)) is None:
+            raise
+        try:
+            restored = _load_training_state(before, model, optimizer, ema)
+        except AcmizeError:
+            raise error from None
+        log.warning("%s; going on from the checkpoint before it, step %d", error, restored["step"])
+        return restored
+
+
+def _load_training_state(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Mapping[str, Tensor] | None
+) -> dict[str, Any]:
     state = read_json(folder / "state.json")
     weights = load_tensors(folder / "model.safetensors")
     moments = load_tensors(folder / "optimizer.safetensors")
@@ -316,6 +373,7 @@ def load_training_state(
     _compare(folder / "model.safetensors", weights, model.state_dict())
     _compare(folder / "ema.safetensors", averages, ema or {})
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    before = rng_state()
     try:
         restored = _unflatten(moments, state["optimizer"], optimizer.state_dict())
         for index, values in restored["state"].items():
@@ -323,11 +381,14 @@ def load_training_state(
                 if isinstance(value, Tensor) and value.ndim and value.shape != params[index].shape:
                     raise ValueError(f"parameter {index} of shape {list(value.shape)}")
         rest = {key: state[key] for key in ("step", "epoch", "extra")}
+        if not all(type(rest[key]) is int and rest[key] >= 0 for key in ("step", "epoch")):
+            raise ValueError(f"step {rest['step']!r} of epoch {rest['epoch']!r}")
         set_rng_state((rng_tensors, state["rng"]))
         optimizer.load_state_dict(restored)
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
+        set_rng_state(before)
         raise AcmizeError(
-            f"{folder / 'state.json'}: found {error}, expected the state of this optimizer; {AGAIN}"
+            f"{folder / 'state.json'}: found {str(error)[:300]}, expected the state of this optimizer; {AGAIN}"
         ) from error
     model.load_state_dict(weights)
     for name, tensor in (ema or {}).items():

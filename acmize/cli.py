@@ -59,7 +59,8 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    sys.stderr.write(f"acmize: {' '.join(message.split())}\n")
+    told = "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split()))  # no escape codes
+    sys.stderr.write(f"acmize: {told}\n")
     raise SystemExit(2)
 
 
@@ -170,6 +171,10 @@ def convert(
     merge: Annotated[str | None, typer.Option(help="merge tokens: auto, none, or pairs before each block")] = None,
     epochs: Annotated[int | None, typer.Option(help="epochs of finetune")] = None,
     limit: Annotated[int | None, typer.Option(help="samples a split at most")] = None,
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="read images as they come: tar shards, the Hub")
+    ] = False,
+    max_corrupt: Annotated[int | None, typer.Option(help="samples that cannot be read and are left out")] = None,
     fit_batch: Annotated[int | None, typer.Option(help="leave dense what does not pay here in such batches")] = None,
     batch_size: Annotated[int | None, typer.Option(help="of every phase")] = None,
     seed: Annotated[int | None, typer.Option(help="of everything drawn")] = None,
@@ -189,7 +194,7 @@ def convert(
         **_method(method, settings, num_learners, learner_dim),
         **_given(budget=share, limit=limit, batch_size=batch_size, seed=seed, merge=_merge(merge), data=data),
         **_given(target_modules=_tuple(target_modules), exclude=_tuple(exclude), phases=_phases(phases)),
-        **_given(fit_batch=fit_batch),
+        **_given(fit_batch=fit_batch, max_corrupt=max_corrupt, streaming=streaming or None),
     }
     if gate_labels is not None:
         flags["gates"] = {"labels": gate_labels}

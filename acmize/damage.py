@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmize import parallel
+from acmize.errors import AcmizeError
 from acmize.gates import AdaptiveModule, Choose, Gate, choosing, record
 from acmize.inputs import Batch, counted, forward, logits_of
 
@@ -111,6 +112,8 @@ def collect_damage(
             ):
                 with torch.no_grad():
                     probabilities = counted(logits_of(forward(teacher, batch)), batch).float().softmax(-1)
+                if parallel.any_of(not probabilities.isfinite().all(), probabilities.device):
+                    raise AcmizeError("found outputs of the dense model that are not finite; check weights and data")
                 drawn = _drawn(probabilities, draws, generator)
                 _one_batch(model, batch, len(whole), drawn, choose, generator, keep_tokens, rows)
     finally:

@@ -9,10 +9,13 @@ Shape suffixes: N images of a split, B batch, C channels, H height, W width.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import numpy as np
 from PIL import Image
 from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
@@ -20,8 +23,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from acmize.batches import CachedImages, Loader, SeededMixup, Stream, cached, loader, mixup, seeded
-from acmize.errors import AcmizeError
+from acmize.errors import AcmizeError, UnreadableSample
 from acmize.splits import NO_LABEL, ImageSplits, labels_of, open_images, split_holdout
+from acmize.unreadable import Unreadable
 
 if TYPE_CHECKING:
     import datasets
@@ -36,6 +40,7 @@ __all__ = [
     "Transform",
     "cached",
     "data_config",
+    "decode_image",
     "eval_transform",
     "loader",
     "mixup",
@@ -46,6 +51,10 @@ __all__ = [
 
 Transform: TypeAlias = Callable[[Image.Image], Tensor]
 _MODES = {1: "L", 3: "RGB"}
+# Others run programs (EPS), are no pictures of things (PDF, WMF), or are read by code that few have looked at.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
+MAX_PIXELS = 90_000_000  # 270 MB decoded; a file of some kilobytes can hold a hundred times as many
+MAX_ASPECT = 200  # resizing the short side to 224 makes 10 million pixels of a line of 200 times its width
 
 
 class ImageSet(Dataset):
@@ -61,6 +70,8 @@ class ImageSet(Dataset):
         label_column: Column with the class indices, or None.
         in_chans: Channels that the model takes: 3 (RGB) or 1 (grey).
         seed: Seed of the augmentation.
+        unreadable: Where images that cannot be read are counted; a batch leaves them out, a single one is an error.
+        name: Of the images, by which those of several sets are counted apart.
     """
 
     def __init__(
@@ -72,6 +83,8 @@ class ImageSet(Dataset):
         label_column: str | None = "label",
         in_chans: int = 3,
         seed: int = 0,
+        unreadable: Unreadable | None = None,
+        name: str = "",
     ) -> None:
         import datasets
 
@@ -84,6 +97,8 @@ class ImageSet(Dataset):
         self.transform = transform
         self.seed = seed
         self.epoch = 0
+        self.unreadable = unreadable or Unreadable()
+        self.name = name
         self.labels_N = labels_of(data, label_column)
 
     @classmethod
@@ -118,21 +133,63 @@ class ImageSet(Dataset):
         with seeded(Stream.AUGMENT, self.seed, self.epoch, index):
             return self.transform(image), int(self.labels_N[index])
 
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """The readable ones of a batch, which is how a `DataLoader` asks; see `unreadable.Unreadable.read`."""
+        return self.unreadable.read(self.__getitem__, indices, len(self), lambda index: (self.name, index))
+
     def _decode(self, index: int) -> Image.Image:
-        stored = self._images[index][self._image_column]
-        if stored is None:
-            raise AcmizeError(f"image {index}: found none, expected an image; take the row out of the data")
-        where = stored["path"] or "stored in the data"
-        try:
-            with Image.open(io.BytesIO(_bytes(stored))) as image:
+        return decode_image(self._images[index][self._image_column], self._mode, f"image {index}")
+
+
+def decode_image(stored: dict[str, Any] | None, mode: str, what: str) -> Image.Image:
+    """A picture from its file, in 8 bits.
+
+    Args:
+        stored: "bytes", or None and the "path" of the file.
+        mode: "RGB" or "L".
+        what: to call it by in errors.
+
+    Raises:
+        UnreadableSample: there is none, it is damaged, of no known format, or far too large or too long.
+    """
+    if stored is None:
+        raise UnreadableSample(f"{what}: found none, expected an image; take the row out of the data")
+    where = str(stored["path"] or "stored in the data")[:200]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of damage that it can work around, and of large pictures
+            with Image.open(io.BytesIO(_bytes(stored)), formats=_formats()) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * max(min(width, height), 1):
+                    raise ValueError(f"{width} x {height} pixels, more or longer than {MAX_PIXELS} or {MAX_ASPECT} : 1")
                 if image.mode == "P" and "transparency" in image.info:
-                    return image.convert("RGBA").convert(self._mode)  # what Pillow asks for here
-                return image.convert(self._mode)
-        except Exception as error:  # Pillow raises many kinds; each means that this image cannot be read
-            why = str(error) or type(error).__name__
-            raise AcmizeError(
-                f"image {index} ({where}): expected a readable image, found: {why}; repair it or take it out"
-            ) from error
+                    return image.convert("RGBA").convert(mode)  # what Pillow asks for here
+                return _eight_bits(image).convert(mode)
+    except (Exception, MemoryError) as error:  # Pillow raises many kinds; each means that this image cannot be read
+        why = (str(error) or type(error).__name__)[:300]
+        raise UnreadableSample(
+            f"{what} ({where}): expected a readable image, found: {why}; repair it or take it out"
+        ) from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow can read; it knows only a few before it is asked for all."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits, or of floats from 0 to 1, as 8 bits; Pillow's own conversion would clip it to white."""
+    if not image.mode.startswith("I;16") and image.mode not in ("I", "F"):
+        return image
+    grey = np.array(image, dtype=np.float32)
+    np.nan_to_num(grey, copy=False)
+    if image.mode != "F":  # a 16-bit PNG of grey comes as "I" from some releases of Pillow
+        grey /= 257
+    elif grey.max() <= 1:
+        grey *= 255
+    return Image.fromarray(np.rint(grey.clip(0, 255, out=grey), out=grey).astype(np.uint8))
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmize import ops
+from acmize.errors import AcmizeError
 from acmize.padding import Padding
 
 Choose = Callable[["Gate", Tensor], Tensor]
@@ -437,7 +438,13 @@ class Recorder:
 
 @contextmanager
 def record(model: nn.Module, samples: int, keep_inputs: bool = False) -> Iterator[Recorder]:
-    """Record what every module with a place for a recorder decides while the context is open."""
+    """Record what every module with a place for a recorder decides while the context is open.
+
+    Raises:
+        AcmizeError: there are no samples, so none to take a mean of.
+    """
+    if samples < 1:
+        raise AcmizeError(f"batch: found {samples} samples, expected at least one; leave empty batches out")
     recorder = Recorder(samples, keep_inputs)
     modules: list[Any] = [m for m in model.modules() if hasattr(m, "recorder")]
     for module in modules:

@@ -23,6 +23,7 @@ from transformers.models.auto import modeling_auto
 
 from acmize.errors import AcmizeError
 from acmize.hub import MODEL_TYPE, from_pretrained
+from acmize.untrusted import MAX_SIZE
 
 SPEECH = {  # Auto class -> the table of its architectures
     "AutoModelForCTC": "MODEL_FOR_CTC_MAPPING_NAMES",
@@ -37,6 +38,8 @@ class AcmizeConfig(PreTrainedConfig):
     model_type = MODEL_TYPE
 
     def __init__(self, num_classes: int = 1000, **kwargs: Any) -> None:
+        if type(num_classes) is not int or not 0 <= num_classes <= MAX_SIZE:
+            raise AcmizeError(f"config.json: num_classes: found {str(num_classes)[:40]!r}; restore the file")
         super().__init__(**kwargs)
         self.num_labels = num_classes
 
@@ -89,8 +92,9 @@ def open_speech(architectures: frozenset[str], head: str, source: Any, *_: Any, 
     Raises:
         AcmizeError: a model of another kind, or an option that a converted model does not take.
     """
-    found = config.base["architecture"]
-    if found not in architectures:
+    base = getattr(config, "base", None)
+    found = base.get("architecture") if isinstance(base, dict) else None
+    if not isinstance(found, str) or found not in architectures:
         raise AcmizeError(f"{source}: found {found}, which {head} does not open; use the Auto class of its kind")
     dtype = options.get("dtype", options.get("torch_dtype"))
     if str(dtype).removeprefix("torch.") not in ("None", "auto", "float32"):

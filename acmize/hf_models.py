@@ -74,13 +74,17 @@ def attach_processor(model: Any, source: str | Path) -> None:
     from transformers import AutoFeatureExtractor, AutoTokenizer
 
     try:
-        features = AutoFeatureExtractor.from_pretrained(str(source))
+        features = AutoFeatureExtractor.from_pretrained(str(source), trust_remote_code=False)
     except (OSError, ValueError, ImportError):
         return
+    except Exception as error:  # any kind: the file may hold anything
+        raise AcmizeError(f"{source}: its feature extractor is damaged ({_first(error)}); restore the file") from None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source))
+        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError):
         tokenizer = None
+    except Exception as error:  # any kind: the file may hold anything
+        raise AcmizeError(f"{source}: its tokenizer is damaged ({_first(error)}); restore the file") from None
     model.processor = Processor(features, tokenizer)
 
 
@@ -89,7 +93,10 @@ def attach_generation(model: Any, source: Path) -> None:
     from transformers import GenerationConfig
 
     if (source / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(source)
+        except Exception as error:  # any kind: the file may hold anything
+            raise AcmizeError(f"{source}: generation_config.json is damaged ({_first(error)}); restore it") from None
 
 
 def processor_of(model: Any) -> Processor:
@@ -162,4 +169,4 @@ def _class(name: str) -> Any:
 
 
 def _first(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).splitlines() or [type(error).__name__])[0][:400]

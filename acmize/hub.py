@@ -13,20 +13,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from acmize import __about__, hf_models
-from acmize.checkpoint import atomic_dir, load_tensors, read_json, save_tensors, write_json
+from acmize.checkpoint import atomic_dir, save_tensors, write_json
 from acmize.errors import AcmizeError
 from acmize.hosts_speech import is_speech
 from acmize.insert import convert_
-from acmize.models import SOURCES
 from acmize.phases.calibrate import Calibration, set_budget
 from acmize.plan import Plan
+from acmize.saved import SCHEMA, check_weights, load_state, read_saved
+from acmize.untrusted import shapes_of, sketched
 
-SCHEMA = 1
 FILES = ("config.json", "plan.json", "model.safetensors")
 ARCHITECTURE, MODEL_TYPE = "acmize_adaptive", "acmize"  # by which timm and transformers know a saved folder
 HERE = "THIS REPOSITORY OR FOLDER"
@@ -320,38 +318,23 @@ def from_pretrained(
         AcmizeError: a file is missing, damaged or tampered with, or the weights do not fit the plan.
     """
     folder = _local(source, revision, token)
-    config, stored = read_json(folder / "config.json"), read_json(folder / "plan.json")
-    if not isinstance(config, dict) or type(config.get("schema")) is not int or config.get("schema") != SCHEMA:
-        found = config.get("schema") if isinstance(config, dict) else type(config).__name__
-        raise AcmizeError(f"{folder}/config.json: found schema {found!r}, expected {SCHEMA}; save it again")
-    try:
-        plan, calibration = Plan.from_dict(stored["plan"]), _calibration(stored["calibration"])
-        base = _checked_base(config["base"])
-        if type(config.get("budget")) not in (int, float, type(None)):
-            raise TypeError(f"config.json: budget {config['budget']!r}")
-        if not 0 <= plan.budget_range[0] <= plan.budget_range[1]:
-            raise ValueError(f"plan.json: budgets {plan.budget_range}")
-    except AcmizeError as error:
-        raise AcmizeError(f"{folder}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise AcmizeError(f"{folder}: damaged or tampered ({error!r}); restore the file or convert again") from None
-    results, recipe = (_optional(folder / name) for name in ("results.json", "recipe.json"))
+    saved = read_saved(folder)
     path = folder / "model.safetensors"
-    if model is None:
-        with torch.device("meta"):  # sizes are compared before any memory is taken
-            sketch = build_base(base)
-            _insert(sketch, plan, folder)
-        _check_weights(sketch, path)
-    dense = model if model is not None else build_base(base)
-    _insert(dense, plan, folder)
-    _check_weights(dense, path)
+    shapes = shapes_of(path)
+    dense = model
+    if dense is None:
+        sketch = sketched(lambda: _insert(build_base(saved.base), saved.plan, folder), shapes)
+        check_weights(sketch, shapes, path)  # before any memory is taken
+        dense = build_base(saved.base)
+    _insert(dense, saved.plan, folder)
+    check_weights(dense, shapes, path)
     load_state(dense, path)
-    made = make_adaptive(dense, plan, calibration, base, results, recipe).eval()
-    if base["library"] == "transformers" and model is None:
+    made = make_adaptive(dense, saved.plan, saved.calibration, saved.base, saved.results, saved.recipe).eval()
+    if saved.base["library"] == "transformers" and model is None:
         hf_models.attach_processor(made, folder)
         hf_models.attach_generation(made, folder)
-    if config.get("budget") is not None:
-        made.set_budget(config["budget"])
+    if saved.budget is not None:
+        made.set_budget(saved.budget)
     return made
 
 
@@ -395,13 +378,6 @@ def _tuples(cfg: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items()}
 
 
-def _calibration(d: dict[str, Any]) -> Calibration:
-    made = Calibration(dials=tuple(map(float, d["dials"])), budgets=tuple(map(float, d["budgets"])))
-    if not all(0 <= x <= 1 for x in made.dials) or not all(0 <= b < 100 for b in made.budgets):
-        raise ValueError(f"calibration: dials {made.dials} or budgets {made.budgets} out of range")
-    return made
-
-
 def _local(source: str | Path, revision: str | None, token: str | None) -> Path:
     folder = Path(source)
     if not folder.is_dir():
@@ -426,64 +402,13 @@ def _local(source: str | Path, revision: str | None, token: str | None) -> Path:
     return folder
 
 
-def _insert(model: nn.Module, plan: Plan, folder: Path) -> None:
+def _insert(model: nn.Module, plan: Plan, folder: Path) -> nn.Module:
     try:
-        convert_(model, plan)
+        return convert_(model, plan)
     except AcmizeError:
         raise
     except Exception as error:  # any kind: the sizes come from a file
         raise AcmizeError(f"{folder}/plan.json: does not fit the model ({error!r}); restore the file") from None
-
-
-def _check_weights(model: nn.Module, path: Path) -> None:
-    """Compare names and shapes with the header of a safetensors file, without reading the tensors."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise AcmizeError(f"{path}: damaged ({error}); restore the file or convert again") from None
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    wrong = [k for k in expected if k in found and found[k] != expected[k]]
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if wrong or missing or extra:
-        what = wrong or missing or extra
-        raise AcmizeError(
-            f"{path}: does not fit plan.json ({len(wrong)} shapes, {len(missing)} missing, {len(extra)} extra; "
-            f"first: {what[0]}); restore the file or convert again"
-        )
-
-
-def load_state(model: nn.Module, path: Path) -> None:
-    """Put tensors back whose names and shapes have been compared."""
-    tensors = load_tensors(path)
-    floats = {k for k, v in model.state_dict().items() if v.is_floating_point()}
-    strange = [k for k, v in tensors.items() if k in floats and not v.is_floating_point()]
-    if strange:
-        raise AcmizeError(f"{path}: {strange[0]} holds {tensors[strange[0]].dtype}, expected floats; restore the file")
-    model.load_state_dict(tensors)
-
-
-def _checked_base(d: Any) -> dict[str, Any]:
-    """The base of a config.json; nothing in it may say where weights come from, since it could name a pickle."""
-    base = dict(d)
-    if not isinstance(base["architecture"], str) or not isinstance(base["library"], str):
-        raise TypeError("config.json: architecture and library must be text")
-    if not isinstance(base["kwargs"], dict) or not isinstance(base["pretrained_cfg"], dict):
-        raise TypeError("config.json: kwargs and pretrained_cfg must be objects")
-    foreign = sorted(
-        {*SOURCES, "file", "url", "hf_hub_id", "custom_load", *hf_models.DROPPED}
-        & {*base["kwargs"], *base["pretrained_cfg"]}
-    )
-    if foreign:
-        raise ValueError(f"config.json: {foreign[0]} is not allowed there")
-    return base
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    found = read_json(path) if path.exists() else {}
-    if not isinstance(found, dict):
-        raise AcmizeError(f"{path}: found {type(found).__name__}, expected an object; restore or remove the file")
-    return found
 
 
 __all__ = ["Adaptive", "base_of", "build_base", "from_pretrained", "make_adaptive", "push_to_hub", "save_pretrained"]

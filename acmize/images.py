@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,8 @@ from acmize.data import ImageSet, eval_transform, open_images, split_holdout, tr
 from acmize.errors import AcmizeError
 from acmize.phases.finetune import Task
 from acmize.recipe import Recipe
+from acmize.streaming import StreamedImages, open_stream
+from acmize.unreadable import Unreadable
 
 
 class Images:
@@ -22,6 +25,7 @@ class Images:
 
     Attributes:
         calibration: what budgets are calibrated on: the held-out images.
+        unreadable: images that were left out, since they could not be read.
         task: loss of the labels in phase 3; None: the cross-entropy of classes.
     """
 
@@ -29,25 +33,35 @@ class Images:
     task: Task | None = None
 
     def __init__(self, data: Any, model: nn.Module, recipe: Recipe) -> None:
-        splits = open_images(data, limit=recipe.limit, seed=recipe.seed)
+        head = open_stream(data, recipe) if recipe.streaming else None
+        splits = open_images(data, limit=recipe.limit, seed=recipe.seed) if head is None else head.splits
         self.name = splits.name
         splits = checked(splits, model)
         if splits.train is None:
             raise AcmizeError(f"data {splits.name}: found no train split, expected one to fit on; add train/")
-        fit, held = split_holdout(splits.train, recipe.holdout, recipe.seed)
+        if head is None:
+            fit, held = split_holdout(splits.train, recipe.holdout, recipe.seed)
+        else:
+            fit, held = splits.train, head.held
         read: dict[str, Any] = {"image_column": splits.image_column, "label_column": splits.label_column}
         read["in_chans"] = _channels(model)
+        self.unreadable = read["unreadable"] = Unreadable(recipe.max_corrupt)
         plain = eval_transform(model)
-        self.fit: Any = cached(ImageSet(fit, plain, **read))
-        self.held: Any = cached(ImageSet(held, plain, **read))
+        self.fit: Any = cached(ImageSet(fit, plain, **read, name="train"))
+        self.held: Any = cached(ImageSet(held, plain, **read, name="held out"))
         self.calibration = self.held
-        self.test = None if splits.test is None else cached(ImageSet(splits.test, plain, **read))
+        self.test = None if splits.test is None else cached(ImageSet(splits.test, plain, **read, name="test"))
         train = recipe.train
         augment = train_transform(
             model, crop_scale=train.crop_scale, crop_pad=train.crop_pad, hflip=train.hflip,
             randaugment=train.randaugment,
         )  # fmt: skip
-        self.augmented = ImageSet(fit, augment, **read, seed=recipe.seed)
+        if head is None:
+            self.augmented: Any = ImageSet(fit, augment, **read, seed=recipe.seed, name="train")
+        else:
+            rest = {k: v for k, v in read.items() if k != "in_chans"}
+            rest |= {"mode": "L" if read["in_chans"] == 1 else "RGB", "classes": getattr(model, "num_classes", None)}
+            self.augmented = StreamedImages(head.rows, augment, **rest, seed=recipe.seed)
         self.batch_size, self.device = recipe.batch_size, next(model.parameters()).device
 
     def batches(self, which: Any, limit: int | None = None, size: int | None = None) -> Iterator[Tensor]:
@@ -62,7 +76,7 @@ class Images:
     @property
     def has_labels(self) -> bool:
         """Whether any image to train on has a label."""
-        return bool((self.augmented.labels_N >= 0).any())
+        return bool((self.fit.labels_N >= 0).any())
 
     def training(self, _model: nn.Module) -> AbstractContextManager[None]:
         """Open while phase 3 trains a model: nothing of it is set apart."""
@@ -74,6 +88,9 @@ class Images:
 
     def epochs(self, which: Any, seed: int) -> tuple[Callable[[int], Any], int]:
         """Epoch -> shuffled (inputs, labels) batches, and how many there are."""
+        if isinstance(which, StreamedImages):
+            size = min(self.batch_size, len(which))
+            return partial(which.batches, size, seed=seed), len(which) // size
         batches = loader(which, min(self.batch_size, len(which)), seed=seed, shuffle=True, drop_last=True)
 
         def of(epoch: int) -> Any:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from acmize import parallel
 from acmize.adaptive import AcmMlp, AcmOut, AcmProjections
 from acmize.cost import evaluating
+from acmize.errors import AcmizeError
 from acmize.importance import covariance, order_units
 from acmize.inputs import Batch, forward
 from acmize.layers import Contract, LowRank
@@ -82,6 +83,11 @@ def collect_moments(dense: nn.Module, plan: Plan, batches: Iterable[Batch]) -> M
         for handle in handles:
             handle.remove()
     parallel.total_(moments[path] for path in wanted)
+    for path, moment in moments.items():
+        if not moment.isfinite().all():
+            raise AcmizeError(
+                f"{path}: found activations that are not finite, expected numbers; check weights and data"
+            )
     return moments
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 from acmize import hf_models
 from acmize.checkpoint import read_json
 from acmize.errors import AcmizeError
+from acmize.untrusted import check_sizes, shapes_of, sketched
 
 
 def load_model(name: str, weights: str | Path | None = None, **kwargs: Any) -> nn.Module:
@@ -49,7 +51,7 @@ def load_model(name: str, weights: str | Path | None = None, **kwargs: Any) -> n
     try:
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay or None, **kwargs).eval()
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = _line(error)
         if weights is not None:
             raise AcmizeError(
                 f"--weights {weights}: does not fit {name} or is damaged ({first}); give the weights of {name}"
@@ -74,7 +76,16 @@ def architecture(name: str) -> nn.Module:
     if Path(name).is_dir():
         name, built, overlay = _folder(Path(name))
     _known(name)
-    return timm.create_model(name, pretrained=False, pretrained_cfg_overlay=overlay or None, **built).eval()
+    try:
+        return timm.create_model(name, pretrained=False, pretrained_cfg_overlay=overlay or None, **built).eval()
+    except (Exception, MemoryError) as error:  # any kind: the arguments come from a file
+        raise AcmizeError(
+            f"model {name}: cannot be built as its config.json says ({_line(error)}); restore it"
+        ) from None
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def _of_transformers(name: str) -> bool:
@@ -99,7 +110,28 @@ def _folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     if "num_classes" in config:
         args.setdefault("num_classes", config["num_classes"])
     cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items() if k in KEPT}
+    check_sizes([args, *cfg.values()], f"{folder}/config.json")
+    if (weights := folder / "model.safetensors").is_file():
+        _fitting(name, args, cfg, shapes_of(weights), folder)
     return name, args, cfg
+
+
+def _fitting(
+    name: str, args: dict[str, Any], cfg: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path
+) -> None:
+    """Refuse to build a model that is far larger than the weights beside its config.json."""
+    import timm
+
+    _known(name)
+    try:
+        sketch = sketched(lambda: timm.create_model(name, pretrained_cfg_overlay=cfg or None, **args), shapes)
+    except Exception as error:  # any kind: the arguments come from a file
+        raise AcmizeError(f"{folder}/config.json: cannot be built ({_line(error)}); restore the file") from None
+    numbers = sum(tensor.numel() for tensor in (*sketch.parameters(), *sketch.buffers()))
+    stored = sum(math.prod(shape) for shape in shapes.values())
+    if numbers > 2 * stored + 50_000_000:
+        found = f"a model of {numbers} numbers for weights of {stored}"
+        raise AcmizeError(f"{folder}/config.json: found {found}; restore the file")
 
 
 # What says where weights come from: never taken from a file, since it could name a pickle or another host.

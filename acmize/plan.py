@@ -18,6 +18,7 @@ from acmize.merge_pairs import scaled
 from acmize.registry import config_class, method_for
 
 SCHEMA = 1
+LARGEST = 1 << 53  # MACs, and any other number of a plan: what a float still counts one by one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +247,7 @@ class Merging:
             reached = [round(self.tokens * (1 - part)) for part in left]
         else:
             weights = [(1.25 * self.blocks - i) * w for i, w in enumerate(weights)]
-            reached = [round(total * part / sum(weights)) for part in accumulate(weights)]
+            reached = [round(total * part / (sum(weights) or 1.0)) for part in accumulate(weights)]
         return self._possible([b - a for a, b in pairwise([0, *reached])])
 
     def _possible(self, wanted: list[int]) -> tuple[int, ...]:
@@ -410,12 +411,14 @@ class Plan:
             entries = tuple(_entry(e) for e in d["entries"])
             refused = tuple(Refusal(**r) for r in d["refused"])
             config = config_class(d["method"])(**d["config"])
-            size = tuple(int(n) for n in d["input_size"])
+            size = tuple(d["input_size"])
+            _whole("plan", input_size=size)
+            _whole("plan", least=1, macs_dense=d["macs_dense"])
             merging = None if d["merging"] is None else _merging(d["merging"])
             lengths = d.get("length_macs")
             return cls(
                 config=config,
-                macs_dense=int(d["macs_dense"]),
+                macs_dense=d["macs_dense"],
                 entries=entries,
                 refused=refused,
                 input_size=size,
@@ -423,7 +426,7 @@ class Plan:
                 scope=str(d.get("scope", "")),
                 length_macs=None if lengths is None else _three(lengths),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise AcmizeError(f"plan: damaged or tampered ({error}); restore the file or convert again") from None
 
 
@@ -435,27 +438,51 @@ def _three(values: Any) -> tuple[float, float, float]:
 def _merging(d: dict[str, Any]) -> Merging:
     lists = {name: tuple(d[name]) for name in ("linear_macs", "dense_macs", "first", "knees", "bend") if name in d}
     merging = Merging(**{**d, **lists})
-    each = (merging.linear_macs, merging.dense_macs)
+    counts = {name: getattr(merging, name) for name in ("prefix", "dim", "attention_dim", "macs")}
+    _whole(
+        "merging", **counts, fixed=merging.fixed or 0, linear_macs=merging.linear_macs, dense_macs=merging.dense_macs
+    )
+    _whole("merging", least=1, tokens=merging.tokens, blocks=merging.blocks, every=merging.every)
+    each, (high, low) = (merging.linear_macs, merging.dense_macs), _two(merging.knees)
+    shares = (*_two(merging.first), *_two(merging.bend), float(merging.slope), float(merging.start))
     if (
         any(len(macs) != merging.blocks for macs in each)
-        or not 0 <= merging.prefix < merging.tokens <= 1_000_000
-        or merging.every < 1
+        or not merging.prefix < merging.tokens <= 1_000_000
+        or not low < high
+        or not all(-100 <= share <= 100 for share in shares)
+        or not 0 <= float(merging.decay) <= 1
+        or not isinstance(merging.path, str)
+        or not isinstance(merging.neighbours, bool)
     ):
         raise ValueError(f"merging: {merging.blocks} blocks of {merging.tokens} tokens do not fit")
     return merging
 
 
+def _two(values: Any) -> tuple[float, float]:
+    a, b = map(float, values)
+    return a, b
+
+
 def _entry(d: dict[str, Any]) -> PlanEntry:
     d = {k: v for k, v in d.items() if k != "num_learners"}
-    d["bounds"] = tuple(int(b) for b in d["bounds"])
-    d["learner_macs"] = tuple(int(m) for m in d["learner_macs"])
+    d["bounds"], d["learner_macs"] = tuple(d["bounds"]), tuple(d["learner_macs"])
     entry = PlanEntry(**d)
+    texts = (entry.fqn, entry.target, entry.gate_at, entry.kind, entry.form, *entry.roles, *entry.roles.values())
+    if not all(isinstance(text, str) for text in texts) or not isinstance(entry.options, dict):
+        raise TypeError(f"{entry.fqn}: names must be text, options an object")
+    _whole(entry.fqn, bounds=entry.bounds, learner_macs=entry.learner_macs, gate_macs=entry.gate_macs, macs=entry.macs)
+    _whole(entry.fqn, least=1, heads=entry.heads, tokens=entry.tokens)
+    _whole(entry.fqn, min_choice=entry.min_choice, max_macs=entry.max_macs)
     ok = len(entry.bounds) == len(entry.learner_macs) + 1 and list(entry.bounds) == sorted(set(entry.bounds))
-    if (
-        not ok
-        or entry.bounds[0] != 0
-        or entry.bounds[-1] > 1_000_000
-        or not 0 <= entry.min_choice <= entry.num_learners
-    ):
-        raise ValueError(f"{entry.fqn}: widths {entry.bounds} do not fit {len(entry.learner_macs)} learners")
+    if not ok or entry.bounds[0] != 0 or entry.bounds[-1] > 1_000_000 or entry.min_choice > entry.num_learners:
+        found = f"{len(entry.bounds)} widths up to {entry.bounds[-1] if entry.bounds else 0}"
+        raise ValueError(f"{entry.fqn}: {found} do not fit {len(entry.learner_macs)} learners")
     return entry
+
+
+def _whole(where: str, *, least: int = 0, **values: Any) -> None:
+    """Refuses what is not a whole number (or a tuple of them) from `least` to `LARGEST`."""
+    for name, value in values.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if type(number) is not int or not least <= number <= LARGEST:
+                raise ValueError(f"{where}: {name}: found {str(number)[:40]}, expected {least} to {LARGEST}")

@@ -13,7 +13,9 @@ from acmize.errors import AcmizeError
 from acmize.phases._loop import FitConfig
 from acmize.phases.finetune import FinetuneConfig
 from acmize.registry import config_class, method_for, methods
+from acmize.unreadable import LIMIT
 
+MAX_BYTES = 1 << 20  # of a YAML file
 PHASES = ("distill", "gates", "finetune")
 LABELS = ("damage", "threshold", "none")
 
@@ -135,12 +137,14 @@ class Recipe:
         fit_batch: leave sites dense whose learners do not pay on this device in batches of this size (measured); None:
             convert whatever can be.
         data: where the data came from.
-        limit: samples a split at most.
+        streaming: read images as they come (`streaming`), in place of loading the data first.
+        limit: samples a split at most; of a stream of unknown length, those that an epoch takes.
         holdout: share of the training images kept for calibration.
         moments: images for the statistics of ordering and rotation.
         batch_size: of every phase.
         mixed_precision: "no", "bf16" or "fp16".
         seed: of everything drawn.
+        max_corrupt: samples that cannot be read and are left out, at most; one more is an error.
         max_error: distillation error, relative to the variance, above which a site is left dense.
     """
 
@@ -158,12 +162,14 @@ class Recipe:
     merge: str | int = "auto"
     fit_batch: int | None = None
     data: str | None = None
+    streaming: bool = False
     limit: int | None = None
     holdout: float = 0.15
     moments: int = 300
     batch_size: int = 32
     mixed_precision: str = "no"
     seed: int = 0
+    max_corrupt: int = LIMIT
     max_error: float = 0.9
 
     def __post_init__(self) -> None:
@@ -187,7 +193,8 @@ class Recipe:
         _in_range(
             self, budget=0 < self.budget <= 1, budgets=all(0 < b <= 1 for b in self.budgets),
             limit=self.limit is None or self.limit >= 1, batch_size=self.batch_size >= 1, moments=self.moments >= 1,
-            seed=self.seed >= 0, fit_batch=self.fit_batch is None or self.fit_batch >= 1,
+            seed=self.seed >= 0, max_corrupt=self.max_corrupt >= 0,
+            fit_batch=self.fit_batch is None or self.fit_batch >= 1,
         )  # fmt: skip
         for phase in (self.distill, self.train):  # what the loop would refuse an hour from now
             rest = {k: getattr(phase, k) for k in ("warmup", "ema_decay", "accumulate") if hasattr(phase, k)}
@@ -237,6 +244,8 @@ def resolve(*layers: dict[str, Any], preset_name: str = "default") -> Recipe:
     merged: dict[str, Any] = {}
     given = [_one_config(layer) for layer in (preset(preset_name), *layers)]
     name = next((layer["method"] for layer in reversed(given) if "method" in layer), Recipe.method)
+    if not isinstance(name, str):
+        raise AcmizeError(f"method: found {str(name)[:80]!r}, expected one of {', '.join(methods())}")
     if given[0].get("method", name) != name:
         found = f"preset {preset_name}: is one of method {given[0]['method']}, found method {name}"
         raise AcmizeError(f"{found}; leave one of them out")
@@ -304,12 +313,24 @@ def read_config(path: str | Path) -> dict[str, Any]:
     import yaml
 
     try:
+        if Path(path).stat().st_size > MAX_BYTES or not Path(path).is_file():
+            raise ValueError(f"no file of at most {MAX_BYTES} bytes")
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise AcmizeError(f"--config {path}: cannot be read ({str(error).splitlines()[0]})") from None
+        _countable(found, [MAX_BYTES])
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8
+        raise AcmizeError(f"--config {path}: cannot be read ({str(error).splitlines()[0][:300]})") from None
     if not isinstance(found, dict):
         raise AcmizeError(f"--config {path}: found {type(found).__name__}, expected options such as `budget: 0.5`")
     return found
+
+
+def _countable(value: Any, left: list[int]) -> None:
+    """Refuses YAML that some lines blow up to more values than memory has room for."""
+    left[0] -= 1
+    if left[0] < 0:
+        raise ValueError(f"more than {MAX_BYTES} values")
+    for part in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _countable(part, left)
 
 
 def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ from acmize.inputs import Inputs
 from acmize.recipe import Recipe
 from acmize.speech_training import training, transcript_task
 from acmize.splits import split_holdout
+from acmize.unreadable import Unreadable
 
 TOKENS_A_SECOND = 6.5  # what Moonshine allows: more is a decoder caught in a loop
 CALIBRATED = 64  # recordings that calibration needs
@@ -172,21 +173,29 @@ class Speech:
         example: inputs of the mean length, for a plan.
         task: loss of the transcripts in phase 3.
         calibration: what budgets are calibrated on: the held-out recordings, all where they are few.
+        unreadable: recordings that were left out, since they could not be read.
     """
 
     def __init__(self, data: Any, model: Any, recipe: Recipe) -> None:
+        if recipe.streaming:
+            raise AcmizeError("streaming: found a speech model, expected one of images; leave --streaming out")
         splits = open_audio(data, limit=recipe.limit, seed=recipe.seed)
         self.name, self.listener = splits.name, Listener(model)
         if splits.train is None:
             raise AcmizeError(f"data {splits.name}: found no train split, expected one to fit on; add train/")
         fit, held = split_holdout(splits.train, recipe.holdout, recipe.seed)
         rate = self.listener.processor.rate
-        self.fit, self.held = splits.audio(fit, "train", rate), splits.audio(held, "held out", rate)
+        self.unreadable = Unreadable(recipe.max_corrupt)
+        self.fit = splits.audio(fit, "train", rate, self.unreadable)
+        self.held = splits.audio(held, "held out", rate, self.unreadable)
         enough = len(self.held) >= CALIBRATED  # the mean compute of a few recordings is far from that of many
         self.calibration = self.held if enough else JoinedAudio(self.held, self.fit)
-        self.test = None if splits.test is None else splits.audio(splits.test, "test", rate)
+        self.test = None if splits.test is None else splits.audio(splits.test, "test", rate, self.unreadable)
         self.augmented = self.fit
-        self.example = (example_speech(model, frames_of(model, fmean(self.fit.seconds()) * rate)),)
+        lengths = [seconds for seconds in self.fit.seconds() if seconds > 0]
+        if not lengths:
+            raise AcmizeError(f"data {splits.name}: found no recording that can be read, expected some; mend the data")
+        self.example = (example_speech(model, frames_of(model, fmean(lengths) * rate)),)
         self.alone = alone_only(model) is not None
         self.batch_size = 1 if self.alone else recipe.batch_size
         self.task = transcript_task(model, recipe.losses.label_smoothing)
@@ -210,7 +219,7 @@ class Speech:
         for indices in buckets(which.seconds(), size, seed=0):
             if limit is not None and seen >= limit:
                 return
-            yield self.listener.inputs([which[i] for i in indices])
+            yield self.listener.inputs(which.some(indices))
             seen += len(indices)
 
     def labelled(self, which: AudioSet) -> Spoken:
@@ -224,7 +233,7 @@ class Speech:
 
         def of(epoch: int) -> Any:
             drawn = buckets(seconds, self.batch_size, seed=seed, epoch=epoch)
-            batches = ([which[i] for i in indices] for indices in drawn)
+            batches = (which.some(indices) for indices in drawn)
             heard = self.listener
             return (heard.taught(some) if self._learns else (heard.inputs(some), None) for some in batches)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 NO_LABEL = -1
 _IMAGE_NAMES = ("image", "img")
-_LABEL_NAMES = ("label", "labels", "fine_label")
+_LABEL_NAMES = ("label", "labels", "fine_label", "cls")  # the last: of webdataset
 TEST_NAMES = ("test", "validation", "val", "valid", "dev")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -105,25 +106,35 @@ def open_images(
     if limit is not None and limit < 1:
         raise AcmizeError(f"limit: found {limit}, expected at least 1; leave it out to take all images")
     splits, name = load_splits(path)
+    found = image_splits(splits, name, image_column, label_column)
+    return dataclasses.replace(
+        found, train=limited(found.train, limit, seed, 0), test=limited(found.test, limit, seed, 1)
+    )
+
+
+def image_splits(
+    splits: Mapping[str, Any], name: str, image_column: str | None = None, label_column: str | None = None
+) -> ImageSplits:
+    """Which splits and columns, of data or of streams of them.
+
+    Raises:
+        AcmizeError: no images, labels that are no class indices, no known split.
+    """
     features = splits["train" if "train" in splits else next(iter(splits))].features
+    if features is None:
+        raise AcmizeError(f"data {name!r}: found columns of unknown types, expected images; cast them to features")
     image_column = _image_column(features, image_column, name)
     label_column = _label_column(features, label_column, name)
 
     by_name = {str(key).lower(): data for key, data in splits.items()}
     tests = [by_name[key] for key in TEST_NAMES if key in by_name]
     # Public test splits often hide their labels; a validation split then is what one can report on.
-    labelled = [data for data in tests if _has_labels(data, label_column)]
+    labelled = [data for data in tests if not hasattr(data, "__len__") or _has_labels(data, label_column)]
     train, test = by_name.get("train"), next(iter(labelled or tests), None)
     if train is None and test is None:
         found = ", ".join(map(repr, splits))
         raise AcmizeError(f"data {name!r}: found the splits {found}, expected 'train' or 'test'; rename the folders")
-    return ImageSplits(
-        train=limited(train, limit, seed, 0),
-        test=limited(test, limit, seed, 1),
-        image_column=image_column,
-        label_column=label_column,
-        name=name,
-    )
+    return ImageSplits(train=train, test=test, image_column=image_column, label_column=label_column, name=name)
 
 
 def split_holdout(
@@ -162,24 +173,25 @@ def labels_of(data: datasets.Dataset, column: str | None) -> Tensor:
     return torch.tensor([NO_LABEL if value is None else value for value in values], dtype=torch.int64)
 
 
-def load_splits(path: str | Path | datasets.DatasetDict) -> tuple[datasets.DatasetDict, str]:
-    """Return what the path names, or the given data itself, and a short name for it."""
+def load_splits(path: Any, *, streaming: bool = False) -> tuple[Any, str]:
+    """Return what the path names, or the given data itself, and a short name for it; as streams if asked to."""
     import datasets
 
     if isinstance(path, str | Path):
-        loaded, name = _load_path(path)
+        loaded, name = _load_path(path, streaming)
     else:
         loaded, name = path, "given in Python"
-    if not isinstance(loaded, datasets.DatasetDict) or not loaded:
-        found = "an empty DatasetDict" if isinstance(loaded, datasets.DatasetDict) else type(loaded).__name__
+    kind = datasets.IterableDatasetDict if streaming else datasets.DatasetDict
+    if not isinstance(loaded, kind) or not loaded:
+        found = f"an empty {kind.__name__}" if isinstance(loaded, kind) else type(loaded).__name__
         raise AcmizeError(
-            f"data {name!r}: found {found}, expected a path, a hub id or a datasets.DatasetDict; give "
-            "datasets.DatasetDict(train=..., test=...)"
+            f"data {name!r}: found {found}, expected a path, a hub id or a datasets.{kind.__name__}; give "
+            f"datasets.{kind.__name__}(train=..., test=...)" + ("" if streaming else ", or --streaming for streams")
         )
     return loaded, name
 
 
-def _load_path(path: str | Path) -> tuple[object, str]:
+def _load_path(path: str | Path, streaming: bool) -> tuple[object, str]:
     """Return what `datasets.load_dataset` makes of a local folder or a hub id, and a short name for it."""
     import datasets
 
@@ -191,8 +203,8 @@ def _load_path(path: str | Path) -> tuple[object, str]:
         raise AcmizeError(f"data {path}: found no such folder, expected one with images; check the path")
     try:
         if is_local:
-            return datasets.load_dataset(str(folder.resolve())), folder.resolve().name
-        return datasets.load_dataset(str(path)), str(path)
+            return datasets.load_dataset(str(folder.resolve()), streaming=streaming), folder.resolve().name
+        return datasets.load_dataset(str(path), streaming=streaming), str(path)
     except Exception as error:  # many kinds, by builder and by state of the network; the first line tells
         why = (str(error) or type(error).__name__).splitlines()[0]
         if is_local:

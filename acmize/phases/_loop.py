@@ -26,11 +26,11 @@ from acmize.checkpoint import (
     set_rng_state,
 )
 from acmize.errors import AcmizeError
+from acmize.faults import Diverged, Faults
 from acmize.interrupt import Stopped, asked, deferred
 
 log = logging.getLogger("acmize")
 FREE = {"checkpoint_every", "log_every", "trackers"}  # options that may change between a run and its resume
-CALMER = "lower lr, lower clip_norm or use mixed_precision='no'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +88,13 @@ class FitConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """What a fit did: optimizer steps, seconds of all its runs, and what it logged, oldest first."""
+    """What a fit did: optimizer steps, seconds of all its runs, what it logged, oldest first, and what went wrong."""
 
     name: str
     steps: int
     seconds: float
     logs: list[dict[str, float]]
+    faults: Faults
 
     @property
     def last(self) -> dict[str, float]:
@@ -134,7 +135,8 @@ def fit(
         model: Its whole state is checkpointed.
         loss: Called under autocast with a batch and the number of batches before it. Returns scalar terms, of
             which "loss", the total, is differentiated.
-        batches: Epoch -> its batches, in an order that depends on the epoch alone.
+        batches: Epoch -> its batches, in an order that depends on the epoch alone; with a method `starting_at(n)`,
+            a resumed run does not read those before the n-th again.
         steps_per_epoch: Batches in an epoch.
         config: Options.
         params: Parameters of `model`, or groups of them; default all that require a gradient.
@@ -145,8 +147,8 @@ def fit(
 
     Raises:
         Stopped: SIGTERM came, where `stopping_on_sigterm` listens; the state after the last step is saved.
-        AcmizeError: Loss or gradient is not finite (the last checkpoint is restored first), an epoch is too
-            short, the checkpoint does not fit this run, or the machine or disk cannot do what is asked.
+        AcmizeError: Loss or gradient is not finite again and again (see `faults`), an epoch is too short, the
+            checkpoint does not fit this run, or the machine or disk cannot do what is asked.
     """
     from accelerate.utils import send_to_device, set_seed  # late: it takes a second
 
@@ -170,11 +172,12 @@ def fit(
     begun, caller_rng, resumed_rng = time.perf_counter(), rng_state(), None
     steps = math.ceil(steps_per_epoch / config.accumulate) * config.epochs
     options = {k: v for k, v in asdict(config).items() if k not in FREE} | {"batches": steps_per_epoch}
-    step, batch, logs, before = 0, 0, [], 0.0
+    step, batch, logs, before, faults = 0, 0, [], 0.0, Faults(name)
 
     def save(done: bool = False) -> None:
         if folder is not None and writes:
             extra = {"options": options, "batch": batch, "logs": logs, "done": done, "seconds": seconds()}
+            extra["faults"] = faults.to_dict()
             extra["scaler"] = scaler.state_dict() if scaler else None
             position: dict[str, Any] = {"step": step, "epoch": batch // steps_per_epoch, "extra": extra}
             save_training_state(folder, model=model, optimizer=raw, ema=ema, **position)
@@ -182,30 +185,29 @@ def fit(
     def seconds() -> float:
         return before + time.perf_counter() - begun
 
-    def stop(found: str, remedy: str) -> AcmizeError:
-        if folder is not None:
-            load_training_state(folder, model=model, optimizer=raw, ema=ema)
-        return AcmizeError(f"{name}: step {step}: found {found}; {remedy}")
-
     def optimize(stream: Iterator[Any], size: int) -> dict[str, Any]:
-        """One optimizer step over the next `size` batches; returns the mean of each term."""
+        """One optimizer step over the next `size` batches; the mean of each term, none if the step was skipped."""
         accelerator.gradient_accumulation_steps, accelerator.step = size, 0
         if count > 1:  # what is drawn for other samples is drawn otherwise
             set_seed(zlib.crc32(f"{config.seed} {name} {batch} {parallel.rank()}".encode()))
         for group, peak in zip(raw.param_groups, peaks, strict=True):
-            group["lr"] = learning_rate(step, steps, config, peak)
+            group["lr"] = learning_rate(step, steps, config, peak) * faults.rate
         sums: dict[str, Any] = {}
-        limit = config.clip_norm or math.inf
+        limit, wrong = config.clip_norm or math.inf, ""
         for number in range(batch, batch + size):
             inputs = next(stream, stream)
             if inputs is stream:
                 few = f"{number % steps_per_epoch} batches in epoch {number // steps_per_epoch}"
-                raise stop(f"{few}, expected {steps_per_epoch}", "mend batches or steps_per_epoch")
+                told = f"found {few}, expected {steps_per_epoch}; mend batches or steps_per_epoch"
+                raise AcmizeError(f"{name}: step {step}: {told}")
+            if wrong:
+                continue
             with accelerator.accumulate(model if run is loss else run):
                 with accelerator.autocast():
                     terms = run(send_to_device(inputs, device), number)
-                if not terms["loss"].isfinite():
-                    raise stop(f"loss {terms['loss'].item()}, expected a finite one", CALMER)
+                if parallel.any_of(not terms["loss"].isfinite(), device):
+                    wrong = f"loss {terms['loss'].item()}"
+                    continue
                 accelerator.backward(terms["loss"] * count if together else terms["loss"])  # the mean is taken
                 if accelerator.sync_gradients:  # an infinite limit only measures
                     found = accelerator.clip_grad_norm_(trained, math.inf if apart else limit)
@@ -214,69 +216,112 @@ def fit(
                         norm = float(parallel.total(torch.tensor(norm, device=device).square()).sqrt())
                         torch.nn.utils.clip_grads_with_norm_(trained, limit, torch.tensor(norm))
                     if not scaler and not math.isfinite(norm):  # the scaler skips such a step
-                        raise stop(f"gradient norm {norm}, expected a finite one", CALMER)
+                        wrong = f"gradient norm {norm}"
+                        continue
                 optimizer.step()
                 optimizer.zero_grad()
             sums = {k: sums.get(k, 0) + term.detach() / size for k, term in terms.items()}
+        if wrong:
+            raw.zero_grad()
+            faults.bad(step, wrong)
+            return {}
+        faults.good()
         return sums
+
+    def load() -> dict[str, Any]:
+        """The last checkpoint, whether of an earlier run or of this one; returns what else it kept."""
+        nonlocal step, batch, logs, before, begun, faults, resumed_rng
+        assert folder is not None
+        state = load_training_state(folder, model=model, optimizer=raw, ema=ema)
+        step, found, resumed_rng = state["step"], state["extra"], rng_state()
+        if found["options"] != options:
+            wrong = sorted(k for k in options if found["options"].get(k) != options[k])
+            raise AcmizeError(f"{folder}: found another {', '.join(wrong)}, expected this run's; {AGAIN}")
+        batch, logs, before, begun = found["batch"], found["logs"], found["seconds"], time.perf_counter()
+        faults = Faults(**found["faults"]) if "faults" in found else Faults(name)
+        if scaler and found["scaler"]:
+            scaler.load_state_dict(found["scaler"])
+        return found
+
+    def go_back() -> None:
+        """After a divergence: to the last checkpoint, where there is one, at a lower rate."""
+        nonlocal before, faults
+        parallel.wait()  # until the main process has written what the others read
+        if folder is not None:
+            now, spent = faults, seconds()
+            load()
+            faults, before = now, spent
+        faults.back(step)
+        save()
+
+    def run_epoch(show: Callable[[int, dict[str, float]], None]) -> None:
+        """From where training stands to the end of the epoch."""
+        nonlocal step, batch, resumed_rng
+        epoch = batch // steps_per_epoch
+        set_seed(zlib.crc32(f"{config.seed} {name} {epoch}".encode()))
+        stream = _from(batches(epoch), batch - epoch * steps_per_epoch)
+        if resumed_rng is not None and batch % steps_per_epoch:  # as it stood after those batches
+            set_rng_state(resumed_rng)
+        resumed_rng = None
+        while batch < (epoch + 1) * steps_per_epoch:
+            size = min(config.accumulate, (epoch + 1) * steps_per_epoch - batch)
+            sums = optimize(stream, size)
+            if ema is not None and sums:  # a young average forgets faster, else short runs end near their start
+                decay = min(config.ema_decay or 0, (1 + step) / (10 + step))
+                for average, parameter in zip(ema.values(), trained, strict=True):
+                    average.lerp_(parameter.detach(), 1 - decay)
+            step, batch = step + 1, batch + size
+            if sums and (step % config.log_every == 0 or step == steps):
+                values = {k: float(v) for k, v in sums.items() if math.isfinite(v)}
+                logs.append(values)
+                show(step, values)
+                accelerator.log(values, step=step)
+                if watch is not None:
+                    watch(step, values)
+            due = step % config.checkpoint_every == 0 or batch % steps_per_epoch == 0
+            stopping = parallel.any_of(asked(), device)
+            if step < steps and (due or stopping):
+                save()
+            if step < steps and stopping:
+                raise Stopped(f"{name}: stopped by SIGTERM at step {step} of {steps}")
 
     try:
         there = parallel.gather_objects([resume and folder is not None and writes and recover_dir(folder)])
         if apart and len(set(there)) > 1:
             raise AcmizeError(f"{folder}: found a checkpoint of some processes alone, expected one of each; {AGAIN}")
         if folder is not None and any(there):
-            state = load_training_state(folder, model=model, optimizer=raw, ema=ema)
-            step, found, resumed_rng = state["step"], state["extra"], rng_state()
-            if found["options"] != options:
-                wrong = sorted(k for k in options if found["options"].get(k) != options[k])
-                raise AcmizeError(f"{folder}: found another {', '.join(wrong)}, expected this run's; {AGAIN}")
-            batch, logs, before = found["batch"], found["logs"], found["seconds"]
-            if apart and len(set(parallel.gather_objects([(step, found["done"])]))) > 1:
+            done = load()["done"]
+            if apart and len(set(parallel.gather_objects([(step, done)]))) > 1:
                 raise AcmizeError(f"{folder}: found the processes at different steps, as a kill left them; {AGAIN}")
-            if found["done"]:
-                return History(name=name, steps=step, seconds=before, logs=logs)
-            if scaler:
-                scaler.load_state_dict(found["scaler"])
+            if done:
+                return History(name=name, steps=step, seconds=before, logs=logs, faults=faults)
         else:
             save()  # a full disk shows now, and nothing older can be taken for this run
         with _progress(name, steps, step, parallel.is_main()) as show, deferred():
-            for epoch in range(batch // steps_per_epoch, config.epochs):
-                set_seed(zlib.crc32(f"{config.seed} {name} {epoch}".encode()))
-                stream = iter(batches(epoch))
-                for _ in islice(stream, batch - epoch * steps_per_epoch):
-                    pass
-                if resumed_rng is not None and batch % steps_per_epoch:  # as it stood after those batches
-                    set_rng_state(resumed_rng)
-                resumed_rng = None
-                while batch < (epoch + 1) * steps_per_epoch:
-                    size = min(config.accumulate, (epoch + 1) * steps_per_epoch - batch)
-                    sums = optimize(stream, size)
-                    if ema is not None:  # a young average forgets faster, else short runs end near their start
-                        decay = min(config.ema_decay or 0, (1 + step) / (10 + step))
-                        for average, parameter in zip(ema.values(), trained, strict=True):
-                            average.lerp_(parameter.detach(), 1 - decay)
-                    step, batch = step + 1, batch + size
-                    if step % config.log_every == 0 or step == steps:
-                        values = {k: float(v) for k, v in sums.items() if math.isfinite(v)}
-                        logs.append(values)
-                        show(step, values)
-                        accelerator.log(values, step=step)
-                        if watch is not None:
-                            watch(step, values)
-                    due = step % config.checkpoint_every == 0 or batch % steps_per_epoch == 0
-                    stopping = parallel.any_of(asked(), device)
-                    if step < steps and (due or stopping):
-                        save()
-                    if step < steps and stopping:
-                        raise Stopped(f"{name}: stopped by SIGTERM at step {step} of {steps}")
+            while batch < config.epochs * steps_per_epoch:
+                try:
+                    run_epoch(show)
+                except Diverged:
+                    go_back()
+            faults.finish(steps)
             for i, average in (ema or {}).items():
                 trained[int(i)].data.copy_(average)
             save(done=True)
-        return History(name=name, steps=step, seconds=seconds(), logs=logs)
+        return History(name=name, steps=step, seconds=seconds(), logs=logs, faults=faults)
     finally:
         set_rng_state(caller_rng)
         for tracker in accelerator.trackers:
             tracker.finish()
+
+
+def _from(batches: Any, number: int) -> Iterator[Any]:
+    """Batches from one on: asked for where they can be begun anywhere, else gone through."""
+    if hasattr(batches, "starting_at"):
+        return batches.starting_at(number)
+    stream = iter(batches)
+    for _ in islice(stream, number):
+        pass
+    return stream
 
 
 def _accelerator(name: str, config: FitConfig, device: torch.device, folder: Path | None) -> Any:

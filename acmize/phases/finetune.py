@@ -126,10 +126,10 @@ def finetune(
             teacher_features, teacher_logits = features_and_logits(teacher, inputs)
         with record(model, len(inputs), keep_inputs=losses.entropy > 0) as seen:
             features, logits = features_and_logits(model, inputs)
-        features, teacher_features, logits, teacher_logits = (
-            None if each is None else parallel.gather(each)
-            for each in (_read(features), _read(teacher_features), logits, teacher_logits)
+        features, teacher_features = (
+            None if each is None else parallel.gather(each) for each in (_read(features), _read(teacher_features))
         )
+        logits, teacher_logits = parallel.gather(logits), parallel.gather(teacher_logits)
         inputs = _answered(inputs)
         terms = {"teacher": teacher_loss(counted(logits, inputs), counted(teacher_logits, inputs))}
         terms["task"] = task(logits, inputs, labels)
