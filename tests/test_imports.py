@@ -38,6 +38,7 @@ ORDER = (
     ("recipe",),
     ("images", "speech", "speech_training"),
     ("evaluate", "evaluate_speech"),
+    ("results",),
     ("hub", "timm_entry", "hf_entry"),
     ("api",),
     ("bench", "bench_speech", "verify", "serve", "latency"),
