@@ -101,6 +101,79 @@ def reference_speech(dense: nn.Module, batches: Spoken) -> SpeechReference:
     )  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class SpeechAnswers:
+    """What a model wrote and what each utterance cost, with its gates as they stood; N utterances, T frames of each.
+
+    Attributes:
+        macs: (N,) executed.
+        chosen: (N,) the same, had every module skipped what it did not choose.
+        whole: (N,) of the dense model.
+        texts: transcripts; empty where none were to be written.
+        scores: (N,) as of `SpeechReference`.
+        shares: (T,) of each utterance: mean share of the learners that each frame ran.
+        silent: (T,) of each utterance: frames in which an energy detector hears nothing.
+        load: entry -> (N,) share of its learners that were chosen, weighted by their MACs.
+        choices: entry -> histogram (learners + 1,) of choices.
+        seconds: that it took.
+    """
+
+    macs: Tensor
+    chosen: Tensor
+    whole: Tensor
+    texts: list[str]
+    scores: Tensor
+    shares: list[Tensor]
+    silent: list[Tensor]
+    load: dict[str, Tensor]
+    choices: dict[str, Tensor]
+    seconds: float
+
+
+def answers_speech(
+    model: Any, plan: Plan, batches: Spoken, dense: SpeechReference, choose: Choose | None = None
+) -> SpeechAnswers:
+    """Run a converted model over the utterances; arguments as of `evaluate_speech_at`."""
+    start, texts, scores, macs, whole, chosen = time.perf_counter(), [], [], [], [], []
+    shares: list[Tensor] = []
+    silent: list[Tensor] = []
+    load: dict[str, list[Tensor]] = {}
+    choices: dict[str, Tensor] = {}
+    listener, schedule = batches.listener, schedule_of(model)
+    with evaluating(model), choosing(model, choose):
+        for inputs, utterances in batches:
+            with record(model, len(inputs)) as seen, tracing(model) as trace:
+                output = forward(model, inputs)
+            spent, dense_macs = plan.account(seen.executed().double().cpu(), seen.tokens, schedule)
+            macs.append(spent)
+            whole.append(dense_macs)
+            chosen.append(plan.account(seen.chosen().double().cpu(), seen.tokens, schedule)[0])
+            for name, parts in seen.macs.items():
+                load.setdefault(name, []).append((parts[-1] / seen.most[name]).cpu())
+                choices[name] = choices.get(name, 0) + seen.choices[name].cpu()
+            for i, (u, logp) in enumerate(zip(utterances, _each(output.logits, inputs), strict=True)):
+                shares.append(mean_choices(seen, plan, i, trace))
+                silent.append(silent_frames(u.wave, len(shares[-1])))
+                answer = logp if listener.generates else dense.answers[len(scores)].to(logp)
+                scores.append(_score(listener, u, logp, answer))
+                if not listener.generates:
+                    texts.append(_spelled(listener, logp))
+                elif batches.writes:
+                    texts.append(_written(listener, model, u, inputs, output, i))
+    return SpeechAnswers(
+        macs=torch.cat(macs),
+        chosen=torch.cat(chosen),
+        whole=torch.cat(whole),
+        texts=texts,
+        scores=torch.stack(scores),
+        shares=shares,
+        silent=silent,
+        load={name: torch.cat(parts) for name, parts in load.items()},
+        choices=choices,
+        seconds=time.perf_counter() - start,
+    )
+
+
 def evaluate_speech_at(
     model: Any, plan: Plan, batches: Spoken, dense: SpeechReference, choose: Choose | None = None
 ) -> dict[str, Any]:
@@ -120,48 +193,31 @@ def evaluate_speech_at(
         choice_silent and choice_speech (mean share of the learners that a silent frame and one of speech run), seconds,
         sites.
     """
-    start, texts, scores, spent, chosen, whole, load = time.perf_counter(), [], [], [], [], [], {}
-    by_kind: tuple[list[Tensor], list[Tensor]] = ([], [])
-    listener, schedule = batches.listener, schedule_of(model)
-    with evaluating(model), choosing(model, choose):
-        for inputs, utterances in batches:
-            with record(model, len(inputs)) as seen, tracing(model) as trace:
-                output = forward(model, inputs)
-            macs = plan.account(seen.executed().double().cpu(), seen.tokens, schedule)
-            spent.append(macs[0])
-            whole.append(macs[1])
-            chosen.append(plan.account(seen.chosen().double().cpu(), seen.tokens, schedule)[0])
-            for name, parts in seen.macs.items():
-                load.setdefault(name, []).append((parts[-1] / seen.most[name]).cpu())
-            for i, (u, logp) in enumerate(zip(utterances, _each(output.logits, inputs), strict=True)):
-                choices = mean_choices(seen, plan, i, trace)
-                silent = silent_frames(u.wave, len(choices))
-                for kind, frames in zip(by_kind, (silent, ~silent), strict=True):
-                    kind.append(choices[frames])
-                answer = logp if listener.generates else dense.answers[len(scores)].to(logp)
-                scores.append(_score(listener, u, logp, answer))
-                if not listener.generates:
-                    texts.append(_spelled(listener, logp))
-                elif batches.writes:
-                    texts.append(_written(listener, model, u, inputs, output, i))
-    macs, most = torch.cat(spent), torch.cat(whole)
+    found = answers_speech(model, plan, batches, dense, choose)
+    texts, macs, most = found.texts, found.macs, found.whole
     rates = _rates(dense.references, texts) if texts else None
-    same = [normalise(a) == normalise(b) for a, b in zip(texts, dense.texts, strict=True)] if texts else []
+    same = [same_words(a, b) for a, b in zip(texts, dense.texts, strict=True)] if texts else []
+    shares, silent = torch.cat(found.shares), torch.cat(found.silent)
     return {
         "macs_ratio": (macs.mean() / most.mean()).item(),
         "macs_ratio_std": (macs / most).std(correction=0).item(),
-        "chosen_ratio": (torch.cat(chosen).mean() / most.mean()).item(),
+        "chosen_ratio": (found.chosen.mean() / most.mean()).item(),
         "macs": macs.mean().item(),
         "wer": None if rates is None else rates[0],
         "cer": None if rates is None else rates[1],
         "accuracy": None if rates is None else 1 - rates[0],
         "agreement": sum(same) / len(same) if same else None,
-        "kl": (dense.scores - torch.stack(scores)).mean().item(),
-        "choice_silent": _mean(by_kind[0]),
-        "choice_speech": _mean(by_kind[1]),
-        "seconds": time.perf_counter() - start,
-        "sites": {name: torch.cat(parts).mean().item() for name, parts in load.items()},
+        "kl": (dense.scores - found.scores).mean().item(),
+        "choice_silent": _mean(shares[silent]),
+        "choice_speech": _mean(shares[~silent]),
+        "seconds": found.seconds,
+        "sites": {name: part.mean().item() for name, part in found.load.items()},
     }
+
+
+def same_words(a: str, b: str) -> bool:
+    """Whether two texts are the same, normalised."""
+    return normalise(a) == normalise(b)
 
 
 def silent_frames(wave: Tensor, frames: int) -> Tensor:
@@ -200,9 +256,8 @@ def mean_choices(seen: Recorder, plan: Plan, sample: int, trace: Sequence[Tensor
     return torch.stack(shares).mean(0).cpu()
 
 
-def _mean(parts: list[Tensor]) -> float | None:
-    together = torch.cat(parts)
-    return together.mean().item() if len(together) else None
+def _mean(values: Tensor) -> float | None:
+    return values.mean().item() if len(values) else None
 
 
 def _each(logits: Tensor, inputs: Inputs) -> list[Tensor]:
