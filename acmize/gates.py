@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +122,7 @@ class Gate(nn.Module):
         self.choose: Choose | None = None  # overrides the energies: full width, static, random
         self.probe = False  # make `keep` a leaf whose gradient is wanted
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves are followed, changes of dtype are not: half precision cannot hold the smallest prices and costs."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)

@@ -1,4 +1,4 @@
-"""A hook of mkdocs: files of the repository that pages link to are part of the site; nothing is loaded from elsewhere."""
+"""A hook of mkdocs: files that pages link to are part of the site, and nothing is loaded from elsewhere."""
 
 from __future__ import annotations
 

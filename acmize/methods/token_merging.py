@@ -131,7 +131,6 @@ class MergeHook:
             kwargs = {**kwargs, "attn_mask": self.state.mask(x.dtype)}
         return (x, *args[1:]), kwargs
 
-
     def _enter(self) -> None:
         """Remember what reaches this block, or bring it back.
 
