@@ -87,12 +87,12 @@ def scored(model: Any, batches: Any, corrupt: Corrupt) -> tuple[Scores, Tensor]:
     return dict(zip(SCORES, (torch.cat(spent), doubt, -torch.cat(norms)), strict=True)), out
 
 
-def auroc(negative: Tensor, positive: Tensor, seed: int) -> list[float]:
-    """Area under the curve of telling the positives by a higher score, and its bootstrap standard error."""
+def auroc(negative: Tensor, positive: Tensor, seed: int) -> list[float] | None:
+    """Area under the curve of telling the positives by a higher score, with its bootstrap standard error, or None."""
     truth = np.r_[np.zeros(len(negative)), np.ones(len(positive))]
     score = torch.cat([negative, positive]).double().numpy()
     if not 0 < truth.sum() < len(truth):
-        return [float("nan"), float("nan")]
+        return None
     generator = np.random.default_rng(seed)
     areas = []
     while len(areas) < DRAWS:
@@ -117,7 +117,7 @@ def measured(model: Any, bench: common.Bench, budget: float, seed: int) -> dict[
             "mean": score.mean().item(),
             "std": score.std().item(),
             "wrong": int(wrong.sum()),
-            "loss": float(spearmanr(score, loss).statistic),
+            "loss": float(spearmanr(score.numpy(), loss.numpy()).statistic) if score.std() > 0 else 0.0,
             "errors": auroc(score[~wrong], score[wrong], seed),
             **{kind: auroc(score, scores[name], seed) for kind, (scores, _) in found.items()},
             "means": {kind: scores[name].mean().item() for kind, (scores, _) in found.items()},
@@ -142,7 +142,7 @@ def main() -> None:
             rows.measure(f"{name} @ {budget:g}", lambda n=name, b=budget: measure(b)[n])
 
     def area(key: str) -> Callable[[str, common.Row], str]:
-        return lambda _, r: f"{r[key][0]:.3f} ± {r[key][1]:.3f}"
+        return lambda _, r: f"{r[key][0]:.3f} ± {r[key][1]:.3f}" if r[key] else "-"
 
     rows.show(
         {

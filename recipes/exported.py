@@ -56,19 +56,25 @@ SIZES = (1, 8)
 Answer = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # inputs, budget -> outputs, shares of the dense MACs
 
 
-def in_torch(model: Any, dtype: torch.dtype = torch.float32) -> Answer:
+class InTorch:
     """The model itself; of a speech-to-text model, its encoder."""
-    part = part_of(model)
 
-    def answer(x: Tensor, budget: float) -> tuple[Tensor, Tensor]:
-        if model.budget != budget:
-            model.set_budget(budget)
-        with evaluating(model), torch.no_grad(), record(part, len(x)) as seen:
-            out = output_of(part(x.to(dtype)))
-        macs, whole = model.plan.account(seen.executed().double(), seen.tokens, schedule_of(model))
+    def __init__(self, model: Any, dtype: torch.dtype = torch.float32) -> None:
+        self.model, self.part, self.dtype = model, part_of(model), dtype
+
+    def __call__(self, x: Tensor, budget: float) -> tuple[Tensor, Tensor]:
+        """Outputs and shares, as an `Answer`."""
+        self.model.set_budget(budget)
+        with evaluating(self.model), record(self.part, len(x)) as seen:
+            out = output_of(self.part(x.to(self.dtype)))
+        macs, whole = self.model.plan.account(seen.executed().double(), seen.tokens, schedule_of(self.model))
         return out.float(), macs / whole
 
-    return answer
+    def at(self, budget: float) -> Callable[[Tensor], object]:
+        """A copy that stays at a budget and counts nothing, to be timed."""
+        copied = InTorch(copy.deepcopy(self.model).eval(), self.dtype)
+        copied.model.set_budget(budget)
+        return lambda x: copied.part(x.to(copied.dtype))
 
 
 def in_onnx(path: Path, count: int) -> Answer:
@@ -102,13 +108,13 @@ def smaller(model: Any, form: str) -> Answer:
     """The model in fewer bits."""
     made = copy.deepcopy(model)
     if form == "bf16":
-        return in_torch(made.bfloat16(), torch.bfloat16)
+        return InTorch(made.bfloat16(), torch.bfloat16)
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
     config = Int8DynamicActivationInt8WeightConfig() if form.endswith("dynamic") else Int8WeightOnlyConfig()
     head = made.get_classifier()
     quantize_(made, config, filter_fn=lambda m, _: type(m) in (Dense, nn.Linear) and m is not head)
-    return in_torch(made)
+    return InTorch(made)
 
 
 def form_of(model: Any, form: str, folder: Path, count: int) -> tuple[Answer, common.Row]:
@@ -219,7 +225,7 @@ def main() -> None:
         made = from_pretrained(args.model)
     rows, (batches, labels, dense) = common.Rows(args, __file__), inputs_of(args, made)
     with threads(args.threads):
-        known = {budget: answers(in_torch(made), batches, budget) for budget in args.budgets}
+        known = {budget: answers(InTorch(made), batches, budget) for budget in args.budgets}
         forms = {form: form_of(made, form, args.output, args.threads) for form in args.formats}
 
         def row(answer: Answer, told: common.Row, b: float) -> common.Row:
@@ -232,11 +238,12 @@ def main() -> None:
             stack = torch.cat(batches)[:256]
             calls: dict[str, Callable[[Tensor], object]] = {"dense, PyTorch": dense.eval()}
             calls["dense, onnx"] = dense_onnx(dense, stack, args.output / "dense.onnx", args.threads)
-            everything = {"PyTorch": in_torch(made), **{form: answer for form, (answer, _) in forms.items()}}
+            everything = {"PyTorch": InTorch(made), **{form: answer for form, (answer, _) in forms.items()}}
             for form, answer in everything.items():
                 for b in args.budgets:
-                    calls[f"{form} @ {b:g}"] = lambda x, a=answer, b=b: a(x, b)
-            with torch.no_grad():
+                    timed = answer.at(b) if isinstance(answer, InTorch) else lambda x, a=answer, b=b: a(x, b)
+                    calls[f"{form} @ {b:g}"] = timed
+            with torch.inference_mode():
                 spent = rows.measure("times", lambda: {"milliseconds": times(calls, stack, args)})["milliseconds"]
             for name, sizes in spent.items():
                 print(f"{name}: " + ", ".join(f"batch {s}: {p['p50']:.2f} ms" for s, p in sizes.items()))
