@@ -68,7 +68,7 @@ def quantise(whole: Path, path: Path, keep: list[str], *, dynamic: bool = False)
         return
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    by_block = MatMulNBitsQuantizer(
+    by_block: Any = MatMulNBitsQuantizer(
         proto, bits=8, block_size=INT8_BLOCK, accuracy_level=INT8_INPUTS, nodes_to_exclude=keep
     )
     by_block.process()
