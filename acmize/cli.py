@@ -481,13 +481,14 @@ def print_checks(found: dict[str, Any]) -> None:
 def export_(
     source: Annotated[str, typer.Argument(metavar="DIR", help="folder or Hub repository of an adaptive model")],
     output: Annotated[Path, typer.Option("-o", "--output", help="the file: .onnx, or .pt2")],
-    format: Annotated[str, typer.Option(help="onnx, onnx-int8 or torch-export")] = "onnx",
+    format: Annotated[str, typer.Option(help="onnx, onnx-int8, onnx-int8-dynamic, torch-export, aoti")] = "onnx",
+    with_compute: Annotated[bool, typer.Option("--with-compute", help="a second output: macs_ratio")] = False,
 ) -> None:
     """One file for other runtimes, with the budget as an input."""
     from acmize.export import export
     from acmize.hub import from_pretrained
 
-    path = export(from_pretrained(source), output, format)
+    path = export(from_pretrained(source), output, format, compute=with_compute)
     out.print(f"wrote {path}: inputs x and budget, {path.stat().st_size / 1e6:.1f} MB", highlight=False)
 
 

@@ -70,6 +70,52 @@ def reference(dense: nn.Module, batches: Iterable[Batch] | Spoken) -> Any:
     return Reference(logits=answers, labels=known, seconds=time.perf_counter() - start)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What a model answered and what each sample cost, with its gates as they stood.
+
+    Attributes:
+        logits: (N, C).
+        executed: (N,) MACs that ran, as shares of the dense model's.
+        chosen: (N,) the same, had every module skipped what it did not choose.
+        load: entry -> (N,) share of its learners that were chosen, weighted by their MACs.
+        choices: entry -> histogram (learners + 1,) of choices.
+        seconds: that it took.
+    """
+
+    logits: Tensor
+    executed: Tensor
+    chosen: Tensor
+    load: dict[str, Tensor]
+    choices: dict[str, Tensor]
+    seconds: float
+
+
+def answers(model: nn.Module, plan: Plan, batches: Iterable[Batch], choose: Choose | None = None) -> Answers:
+    """Run a converted model over (inputs, labels) batches; `choose` in place of its gates, where given."""
+    logits, executed, chosen, start = [], [], [], time.perf_counter()
+    load: dict[str, list[Tensor]] = {}
+    choices: dict[str, Tensor] = {}
+    rest = plan.macs_rest(schedule_of(model))
+    with evaluating(model), choosing(model, choose):
+        for inputs, _ in batches:
+            with record(model, len(inputs)) as seen:
+                logits.append(logits_of(model(inputs)).float().cpu())
+            executed.append((rest + seen.executed().double().cpu()) / plan.macs_dense)
+            chosen.append((rest + seen.chosen().double().cpu()) / plan.macs_dense)
+            for name, parts in seen.macs.items():
+                load.setdefault(name, []).append((parts[-1] / seen.most[name]).cpu())
+                choices[name] = choices.get(name, 0) + seen.choices[name].cpu()
+    return Answers(
+        logits=parallel.gather(torch.cat(logits)),
+        executed=parallel.gather(torch.cat(executed)),
+        chosen=parallel.gather(torch.cat(chosen)),
+        load={name: parallel.gather(torch.cat(parts)) for name, parts in load.items()},
+        choices={name: parallel.total(counts) for name, counts in choices.items()},
+        seconds=time.perf_counter() - start,
+    )
+
+
 def evaluate_at(
     model: nn.Module,
     plan: Plan,
@@ -88,28 +134,19 @@ def evaluate_at(
         assert isinstance(dense, SpeechReference)
         return evaluate_speech_at(model, plan, batches, dense, choose)
     assert isinstance(dense, Reference)
-    logits, work, start = [], [], time.perf_counter()
-    rest = plan.macs_rest(schedule_of(model))
-    with evaluating(model), choosing(model, choose):
-        for inputs, _ in batches:
-            with record(model, len(inputs)) as seen:
-                logits.append(logits_of(model(inputs)).float().cpu())
-            shares = [(rest + macs.double()) / plan.macs_dense for macs in (seen.executed(), seen.chosen())]
-            shares += [parts[-1] / seen.most[name] for name, parts in seen.macs.items()]
-            work.append(torch.stack([share.double().cpu() for share in shares], 1))
-    out = parallel.gather(torch.cat(logits))
-    ratio, chosen, *load = parallel.gather(torch.cat(work)).unbind(1)
+    found = answers(model, plan, batches, choose)
+    out, ratio = found.logits, found.executed
     teacher = dense.logits.log_softmax(-1)
     return {
         "macs_ratio": ratio.mean().item(),
         "macs_ratio_std": ratio.std(correction=0).item(),
-        "chosen_ratio": chosen.mean().item(),
+        "chosen_ratio": found.chosen.mean().item(),
         "macs": ratio.mean().item() * plan.macs_dense,
         "accuracy": top1(out, dense.labels),
         "agreement": (out.argmax(-1) == dense.logits.argmax(-1)).double().mean().item(),
         "kl": (teacher.exp() * (teacher - out.log_softmax(-1))).sum(-1).mean().item(),
-        "seconds": time.perf_counter() - start,
-        "sites": {name: share.mean().item() for name, share in zip(seen.macs, load, strict=True)},
+        "seconds": found.seconds,
+        "sites": {name: shares.mean().item() for name, shares in found.load.items()},
     }
 
 

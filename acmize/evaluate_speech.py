@@ -102,6 +102,80 @@ def reference_speech(dense: nn.Module, batches: Spoken) -> SpeechReference:
     )  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class SpeechAnswers:
+    """What a model wrote and what each utterance cost, with its gates as they stood; N utterances, T frames of each.
+
+    Attributes:
+        macs: (N,) executed.
+        chosen: (N,) the same, had every module skipped what it did not choose.
+        whole: (N,) of the dense model.
+        texts: transcripts; empty where none were to be written.
+        scores: (N,) as of `SpeechReference`.
+        shares: (T,) of each utterance: mean share of the learners that each frame ran.
+        silent: (T,) of each utterance: frames in which an energy detector hears nothing.
+        load: entry -> (N,) share of its learners that were chosen, weighted by their MACs.
+        choices: entry -> histogram (learners + 1,) of choices.
+        seconds: that it took.
+    """
+
+    macs: Tensor
+    chosen: Tensor
+    whole: Tensor
+    texts: list[str]
+    scores: Tensor
+    shares: list[Tensor]
+    silent: list[Tensor]
+    load: dict[str, Tensor]
+    choices: dict[str, Tensor]
+    seconds: float
+
+
+def answers_speech(
+    model: Any, plan: Plan, batches: Spoken, dense: SpeechReference, choose: Choose | None = None
+) -> SpeechAnswers:
+    """Run a converted model over the utterances; arguments as of `evaluate_speech_at`."""
+    start, texts, scores, macs, whole, chosen = time.perf_counter(), [], [], [], [], []
+    shares: list[Tensor] = []
+    silent: list[Tensor] = []
+    load: dict[str, list[Tensor]] = {}
+    choices: dict[str, Tensor] = {}
+    listener, schedule = batches.listener, schedule_of(model)
+    with evaluating(model), choosing(model, choose):
+        for inputs, utterances in batches:
+            with record(model, len(inputs)) as seen, tracing(model) as trace:
+                output = forward(model, inputs)
+            spent, dense_macs = plan.account(seen.executed().double().cpu(), seen.tokens, schedule)
+            macs.append(spent)
+            whole.append(dense_macs)
+            chosen.append(plan.account(seen.chosen().double().cpu(), seen.tokens, schedule)[0])
+            for name, parts in seen.macs.items():
+                load.setdefault(name, []).append((parts[-1] / seen.most[name]).cpu())
+                choices[name] = choices.get(name, 0) + seen.choices[name].cpu()
+            for i, (u, logp) in enumerate(zip(utterances, _each(output.logits, inputs), strict=True)):
+                shares.append(mean_choices(seen, plan, i, trace))
+                silent.append(silent_frames(u.wave, len(shares[-1])))
+                answer = logp if listener.generates else dense.answers[len(scores)].to(logp)
+                scores.append(_score(listener, u, logp, answer))
+                if not listener.generates:
+                    texts.append(_spelled(listener, logp))
+                elif batches.writes:
+                    texts.append(_written(listener, model, u, inputs, output, i))
+    frames = parallel.gather_objects([len(share) for share in shares])
+    return SpeechAnswers(
+        macs=parallel.gather(torch.cat(macs)),
+        chosen=parallel.gather(torch.cat(chosen)),
+        whole=parallel.gather(torch.cat(whole)),
+        texts=parallel.gather_objects(texts),
+        scores=parallel.gather(torch.stack(scores)),
+        shares=list(parallel.gather(torch.cat(shares)).split(frames)),
+        silent=list(parallel.gather(torch.cat(silent).byte()).bool().split(frames)),
+        load={name: parallel.gather(torch.cat(parts)) for name, parts in load.items()},
+        choices={name: parallel.total(counts) for name, counts in choices.items()},
+        seconds=time.perf_counter() - start,
+    )
+
+
 def evaluate_speech_at(
     model: Any, plan: Plan, batches: Spoken, dense: SpeechReference, choose: Choose | None = None
 ) -> dict[str, Any]:
@@ -121,47 +195,31 @@ def evaluate_speech_at(
         choice_silent and choice_speech (mean share of the learners that a silent frame and one of speech run), seconds,
         sites.
     """
-    start, texts, scores, work = time.perf_counter(), [], [], []
-    by_kind: tuple[list[Tensor], list[Tensor]] = ([], [])
-    listener, schedule = batches.listener, schedule_of(model)
-    with evaluating(model), choosing(model, choose):
-        for inputs, utterances in batches:
-            with record(model, len(inputs)) as seen, tracing(model) as trace:
-                output = forward(model, inputs)
-            macs = plan.account(seen.executed().double().cpu(), seen.tokens, schedule)
-            shares = [*macs, plan.account(seen.chosen().double().cpu(), seen.tokens, schedule)[0]]
-            shares += [parts[-1] / seen.most[name] for name, parts in seen.macs.items()]
-            work.append(torch.stack([share.double().cpu() for share in shares], 1))
-            for i, (u, logp) in enumerate(zip(utterances, _each(output.logits, inputs), strict=True)):
-                choices = mean_choices(seen, plan, i, trace)
-                silent = silent_frames(u.wave, len(choices))
-                for kind, frames in zip(by_kind, (silent, ~silent), strict=True):
-                    kind.append(choices[frames])
-                answer = logp if listener.generates else dense.answers[len(scores)].to(logp)
-                scores.append(_score(listener, u, logp, answer))
-                if not listener.generates:
-                    texts.append(_spelled(listener, logp))
-                elif batches.writes:
-                    texts.append(_written(listener, model, u, inputs, output, i))
-    texts, likely = parallel.gather_objects(texts), parallel.gather(torch.stack(scores))
-    macs, most, chosen, *load = parallel.gather(torch.cat(work)).unbind(1)
+    found = answers_speech(model, plan, batches, dense, choose)
+    texts, macs, most = found.texts, found.macs, found.whole
     rates = _rates(dense.references, texts) if texts else None
-    same = [normalise(a) == normalise(b) for a, b in zip(texts, dense.texts, strict=True)] if texts else []
+    same = [same_words(a, b) for a, b in zip(texts, dense.texts, strict=True)] if texts else []
+    shares, silent = torch.cat(found.shares), torch.cat(found.silent)
     return {
         "macs_ratio": (macs.mean() / most.mean()).item(),
         "macs_ratio_std": (macs / most).std(correction=0).item(),
-        "chosen_ratio": (chosen.mean() / most.mean()).item(),
+        "chosen_ratio": (found.chosen.mean() / most.mean()).item(),
         "macs": macs.mean().item(),
         "wer": None if rates is None else rates[0],
         "cer": None if rates is None else rates[1],
         "accuracy": None if rates is None else 1 - rates[0],
         "agreement": sum(same) / len(same) if same else None,
-        "kl": (dense.scores - likely).mean().item(),
-        "choice_silent": _mean(by_kind[0]),
-        "choice_speech": _mean(by_kind[1]),
-        "seconds": time.perf_counter() - start,
-        "sites": {name: share.mean().item() for name, share in zip(seen.macs, load, strict=True)},
+        "kl": (dense.scores - found.scores).mean().item(),
+        "choice_silent": _mean(shares[silent]),
+        "choice_speech": _mean(shares[~silent]),
+        "seconds": found.seconds,
+        "sites": {name: part.mean().item() for name, part in found.load.items()},
     }
+
+
+def same_words(a: str, b: str) -> bool:
+    """Whether two texts are the same, normalised."""
+    return normalise(a) == normalise(b)
 
 
 def silent_frames(wave: Tensor, frames: int) -> Tensor:
@@ -200,9 +258,8 @@ def mean_choices(seen: Recorder, plan: Plan, sample: int, trace: Sequence[Tensor
     return torch.stack(shares).mean(0).cpu()
 
 
-def _mean(parts: list[Tensor]) -> float | None:
-    together = parallel.gather(torch.cat(parts))
-    return together.mean().item() if len(together) else None
+def _mean(values: Tensor) -> float | None:
+    return values.mean().item() if len(values) else None
 
 
 def _each(logits: Tensor, inputs: Inputs) -> list[Tensor]:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -121,6 +121,16 @@ class Gate(nn.Module):
         self.progress = 1.0  # share of a training that is done; gates that anneal something read it
         self.choose: Choose | None = None  # overrides the energies: full width, static, random
         self.probe = False  # make `keep` a leaf whose gradient is wanted
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves are followed, changes of dtype are not: half precision cannot hold the smallest prices and costs."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
 
     def energies(self, x: Tensor) -> Tensor:
         """X (..., D) -> (..., G, N + 1): the choice of least energy is taken."""
@@ -335,6 +345,15 @@ class AdaptiveModule(nn.Module):
         self.names = names  # entries of the plan, one a group
         self.recorder: Recorder | None = None
         self.padding: Padding | None = None  # set where the host says which tokens are real
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        inside = self.__dict__.get("_modules", {}).get(name)
+        if inside is not None and isinstance(value, nn.Module) and value is not inside and inside in value.modules():
+            raise AcmizeError(
+                f"{self.names or type(self).__name__}: found {type(value).__name__} around its layer {name}, which is "
+                "not called but cut; wrap layers that stay dense, or merge the adapter before the conversion"
+            )
+        super().__setattr__(name, value)
 
     def decide(self, x: Tensor) -> Decision:
         """Ask the gate about x (..., D), tokens (or samples alone) on the leading axes, and tell the recorder."""

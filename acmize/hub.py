@@ -10,18 +10,23 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from acmize import __about__, hf_models
 from acmize.checkpoint import atomic_dir, save_tensors, write_json
 from acmize.errors import AcmizeError
+from acmize.gates import record
 from acmize.hosts_speech import is_speech
+from acmize.inputs import Batch, forward
 from acmize.insert import convert_
+from acmize.methods.token_merging import schedule_of
 from acmize.phases.calibrate import Calibration, set_budget
 from acmize.plan import Plan
+from acmize.results import Results, latency_table, metric_of, results_table
 from acmize.saved import SCHEMA, check_weights, load_state, read_saved
 from acmize.untrusted import shapes_of, sketched
 
@@ -37,16 +42,25 @@ class Adaptive:
         plan: what was inserted.
         calibration: budget -> position of the dial.
         base: how to build the dense model again, see `base_of`.
-        results: measured table, as in `results.json`.
+        results: measured table, as in `results.json`; prints and plots itself.
         recipe: resolved options of the conversion.
     """
 
     plan: Plan
     calibration: Calibration
     base: dict[str, Any]
-    results: dict[str, Any]
+    results: Results
     recipe: dict[str, Any]
     budget: float | None = None
+
+    def extra_repr(self) -> str:
+        """The plan in a few words, for `print(model)`."""
+        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(e.kind for e in self.plan.entries).items())
+        low, high = self.plan.budget_range
+        merging = "" if self.plan.merging is None else ", merging tokens"
+        stays = f"{len(self.plan.refused)} modules stay dense"
+        sites = f"{len(self.plan.entries)} adaptive sites" + (f" ({kinds})" if kinds else "")
+        return f"budget={self.budget}\nplan: {sites}{merging}, {stays}; budgets {low:.3f} to {high:.3f}"
 
     def set_budget(self, budget: float) -> None:
         """Spend this share of the dense model's MACs on average, gates included.
@@ -56,6 +70,14 @@ class Adaptive:
         """
         self.budget = budget
         set_budget(self, self.plan, self.calibration, budget)  # pyright: ignore[reportArgumentType]
+
+    def with_compute(self, inputs: Batch) -> tuple[Any, Tensor]:
+        """Run the model once: its output, and what each sample cost, as a share of the dense model's MACs, (B,)."""
+        model: Any = self
+        with record(model, len(inputs)) as seen:
+            output = forward(model, inputs)
+        macs, whole = self.plan.account(seen.executed().double(), seen.tokens, schedule_of(model))
+        return output, macs / whole
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the model to a folder (see the module's docstring); an existing one is replaced only when complete."""
@@ -81,7 +103,7 @@ def make_adaptive(
         model.__class__ = type(name, (Adaptive, cls), {"__module__": cls.__module__})
     adaptive: Any = model
     adaptive.plan, adaptive.calibration, adaptive.base = plan, calibration, base
-    adaptive.results, adaptive.recipe = results or {}, recipe or {}
+    adaptive.results, adaptive.recipe = Results(results or {}), recipe or {}
     return adaptive
 
 
@@ -199,7 +221,7 @@ def card_data(model: Any) -> str:
     base, results, data = model.base, model.results, _data_name(model)
     of_timm, cfg = base["library"] == "timm", base["pretrained_cfg"]
     task = "automatic-speech-recognition" if base["library"] == "transformers" else "image-classification"
-    metric = "wer" if "wer" in results.get("dense", {}) else "accuracy"
+    metric, _ = metric_of(results)
     rows = [
         EvalResult(
             task_type=task,
@@ -230,33 +252,6 @@ def _data_name(model: Any) -> str:
     """What the data are called: a repository's id as it is, a folder by its name alone."""
     given = str(model.recipe.get("data") or "unnamed")
     return given if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", given) and not Path(given).exists() else Path(given).name
-
-
-def results_table(results: dict[str, Any]) -> list[str]:
-    """Markdown rows of a results dictionary."""
-
-    def percent(x: float | None) -> str:
-        return "-" if x is None else f"{100 * x:.1f}"
-
-    dense = results["dense"]
-    metric, title = ("wer", "WER") if "wer" in dense else ("accuracy", "accuracy")
-    rows = [f"| budget | executed MACs | {title} % | agreement with dense % |", "|---|---|---|---|"]
-    rows.append(f"| dense | 1.000 ({dense['macs'] / 1e9:.3f} G) | {percent(dense[metric])} | 100.0 |")
-    rows += [
-        f"| {r['budget']:g} | {r['macs_ratio']:.3f} | {percent(r[metric])} | {percent(r['agreement'])} |"
-        for r in results["results"]
-    ]
-    return rows
-
-
-def latency_table(found: dict[str, Any]) -> list[str]:
-    """Markdown rows of what `latency.budget_for` measured."""
-    where = f"{found['device']}, {found['threads']} threads, {found['dtype']}"
-    rows = [f"Milliseconds of a batch of {found['batch_size']} ({where}); asked: {found['target_ms']:g}.", ""]
-    rows += ["| budget | median | p95 |", "|---|---|---|"]
-    for row in found["table"]:
-        rows.append(f"| {row['budget']:.3f} | {row['latency_ms']['p50']:.2f} | {row['latency_ms']['p95']:.2f} |")
-    return rows
 
 
 def push_to_hub(model: Any, repo_id: str, *, private: bool = False, token: str | None = None) -> str:

@@ -21,7 +21,8 @@ class Dense(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """X (..., D) -> (..., O)."""
-        if torch.compiler.is_compiling() or ops.pick_backend(x) != "sorted":
+        plain = type(self.weight) is nn.Parameter  # not in fewer bits, as torchao makes it
+        if torch.compiler.is_compiling() or not plain or ops.pick_backend(x) != "sorted":
             return super().forward(x)
         y = ops.gemm(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
         return y.view(*x.shape[:-1], y.shape[-1])

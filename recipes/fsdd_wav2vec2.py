@@ -36,7 +36,7 @@ MODEL: dict[str, Any] = {
     "conv_dim": (64, 64, 64), "conv_kernel": (10, 8, 4), "conv_stride": (5, 4, 4), "feat_extract_norm": "layer",
     "do_stable_layer_norm": True, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 8, "layerdrop": 0.0,
     "apply_spec_augment": False, "feat_proj_dropout": 0.0, "final_dropout": 0.0, "ctc_loss_reduction": "mean",
-    "ctc_zero_infinity": True, "vocab_size": len(WORDS) + 2, "pad_token_id": 0,
+    "ctc_zero_infinity": True, "vocab_size": len(WORDS) + 3, "pad_token_id": 0,
 }  # fmt: skip
 EPOCHS, LR, BATCH = 25, 1e-3, 16
 
@@ -90,10 +90,9 @@ def _processor(folder: Path) -> Processor:
         "word_delimiter_token": " ",
         "bos_token": None,
         "eos_token": None,
-        "eos_token": None,
     }
     tokenizer = tf.Wav2Vec2CTCTokenizer(str(folder / "vocab.json"), **names)
-    tokenizer.add_tokens(list(WORDS))  # numbered behind those two
+    tokenizer.add_tokens(list(WORDS))  # numbered behind those two and the space
     return Processor(tf.Wav2Vec2FeatureExtractor(sampling_rate=8000, return_attention_mask=True), tokenizer)
 
 

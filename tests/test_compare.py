@@ -72,12 +72,21 @@ def test_another_model_is_run_as_itself(found: dict[str, Any]) -> None:
         assert other[key] == pytest.approx(dense[key])
 
 
-def test_the_model_stays_as_it_was(model: Any) -> None:
+def test_the_model_stays_as_it_was(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "TIMED", 3)  # time is measured on fewer images than accuracy
     model.set_budget(0.65)
     before = [(float(g.dial), g.choose) for g in gates_of(model)]
     compare_saved(model, digits_dataset(), weights=PACKAGED, budgets=[0.7], **QUICK)
     assert [(float(g.dial), g.choose) for g in gates_of(model)] == before
     assert model.budget == 0.65
+
+
+def test_a_model_that_merges_tokens_alone_has_no_static_rival() -> None:
+    model = converted({"phases": [], "merge": "auto", "exclude": ["*"]})
+    found = compare_saved(model, digits_dataset(), weights=PACKAGED, budgets=[0.7], **QUICK)
+    assert [row["model"] for row in found["rows"]] == ["dense", "adaptive", "token merging"]
+    assert "static width: this conversion merges tokens and has no sites to cut" in found["left_out"]
+    assert rows(found, "adaptive")[0]["macs_ratio"] < 0.75
 
 
 def test_twins_share_parameters_alone(model: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from short import converted, refused
 from timm.models.resnet import BasicBlock
 from tiny import adapted, images, vit
 from tiny_cnn import SIZE, resnet
-from tiny_speech import HOSTS
+from tiny_speech import HOSTS as SPEECH
+from tiny_speech import adapted as adapted_speech
+from tiny_speech import inputs_for
 from torch import Tensor, nn
 
 from acmize import AcmConfig, AcmizeError
@@ -21,7 +24,7 @@ from acmize.export import export
 from acmize.export.trace import dial_at, schedule_at, trace
 from acmize.gates import gates_of, record
 from acmize.hosts import make_plan
-from acmize.hub import from_pretrained, make_adaptive, save_pretrained
+from acmize.hub import base_of, from_pretrained, make_adaptive, save_pretrained
 from acmize.methods.cosine_gate import CosineGateConfig
 from acmize.methods.token_merging import schedule_of
 from acmize.phases.calibrate import Calibration
@@ -75,9 +78,9 @@ def session(path: Path) -> Any:
     return onnxruntime.InferenceSession(path, options)
 
 
-def ask(loaded: Any, x: Tensor, budget: float) -> Tensor:
+def ask(loaded: Any, x: Tensor, budget: float, output: str | None = None) -> Tensor:
     feed = {"x": x.numpy(), "budget": np.array(budget, np.float32)}
-    return torch.from_numpy(loaded.run(["logits"], feed)[0])
+    return torch.from_numpy(loaded.run([output or loaded.get_outputs()[0].name], feed)[0])
 
 
 # --- rules inside the graph -----------------------------------------------------------------------------------
@@ -127,20 +130,28 @@ def test_one_onnx_file_answers_as_the_model_does(model: Any, tmp_path: Path) -> 
     assert high == 1.0
 
 
-def test_int8_rounds_layers_but_not_gates(model: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("format", "product"), [("onnx-int8", "MatMulNBits"), ("onnx-int8-dynamic", "MatMulInteger")])
+def test_int8_rounds_layers_but_not_gates(model: Any, tmp_path: Path, format: str, product: str) -> None:
     import onnx
 
     x = images(16)
-    path = export(model, tmp_path / "model.onnx", "onnx-int8")
+    path = export(model, tmp_path / "model.onnx", format, compute=True)
     expected = answers(model, x, 0.75)[0]
-    found = ask(session(path), x, 0.75)
+    loaded = session(path)
+    found = ask(loaded, x, 0.75)
     assert not torch.allclose(found, expected, atol=1e-4)
     assert torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1] > 0.9
+    with torch.no_grad():
+        share = model.with_compute(x)[1]
+    assert ask(loaded, x, 0.75, "macs_ratio").mean().item() == pytest.approx(share.mean().item(), abs=0.01)
+    if format == "onnx-int8":  # no scale is shared between samples
+        alone = torch.cat([ask(loaded, one[None], 0.75) for one in x])
+        torch.testing.assert_close(alone, found, atol=1e-4, rtol=0)
     graphs = [onnx.load(path).graph]
     for graph in graphs:  # grows on the way
         graphs += [a.g for n in graph.node for a in n.attribute if a.type == onnx.AttributeProto.GRAPH]
     kinds = [[node.op_type for node in graph.node] for graph in graphs]
-    assert any("MatMulInteger" in k for k in kinds[1:]), "no adaptive product is in 8 bits"
+    assert any(product in k for k in kinds[1:]), "no adaptive product is in 8 bits"
     stored = {tensor.name for tensor in graphs[0].initializer}
     kept = sum(node.op_type == "MatMul" and node.input[1] in stored for node in graphs[0].node)
     assert kept == 2 * len(gates_of(model))
@@ -156,6 +167,82 @@ def test_a_torch_program_answers_as_the_model_does(model: Any, tmp_path: Path) -
         torch.testing.assert_close(outputs[-1], answers(model, x, budget)[0], atol=1e-5, rtol=0)
     assert not torch.allclose(outputs[0], outputs[-1], atol=1e-3)
     assert program(x[:1], torch.tensor(0.5)).shape == (1, 5)
+
+
+def test_what_each_sample_cost_can_be_an_output(model: Any, tmp_path: Path) -> None:
+    x = images(5)
+    loaded = session(export(model, tmp_path / "model.onnx", compute=True))
+    program = torch.export.load(export(model, tmp_path / "model.pt2", "torch-export", compute=True)).module()
+    assert [output.name for output in loaded.get_outputs()] == ["logits", "macs_ratio"]
+    seen = []
+    for budget in BUDGETS[1:]:
+        model.set_budget(budget)
+        with torch.no_grad():
+            expected, share = model.with_compute(x)
+            found = program(x, torch.tensor(budget))
+        assert share.std() > 0
+        for logits, ratio in (found, (ask(loaded, x, budget), ask(loaded, x, budget, "macs_ratio"))):
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+            torch.testing.assert_close(ratio.double(), share, atol=1e-5, rtol=0)
+        seen.append(share.mean())
+    assert seen == sorted(seen, reverse=True)
+
+
+def test_a_compiled_package_answers_as_the_model_does(tmp_path: Path) -> None:
+    if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+        pytest.skip("no C++ compiler")
+    torch.manual_seed(0)
+    model = adaptive(vit(depth=1), AcmConfig(num_learners=2, gate_hidden=4))
+    path = export(model, tmp_path / "model.pt2", "aoti", compute=True)
+    loaded = torch._inductor.aoti_load_package(str(path))
+    outputs = []
+    for count, budget in ((2, 0.9), (5, 0.5)):
+        x = images(count)
+        model.set_budget(budget)
+        with torch.no_grad():
+            expected, share = model.with_compute(x)
+            found, ratio = loaded(x, torch.tensor(budget))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(ratio.double(), share, atol=1e-5, rtol=0)
+        outputs.append(found)
+    assert not torch.allclose(outputs[0], outputs[1][:2], atol=1e-3)
+
+
+@pytest.mark.usefixtures("_always_skip")
+@pytest.mark.parametrize("name", ["moonshine", "wav2vec2", "whisper"])
+def test_a_speech_model_of_any_length(name: str, tmp_path: Path) -> None:
+    """The encoder of a model with a decoder, else the whole model; recordings longer and shorter than the example."""
+    torch.manual_seed(0)
+    dense = SPEECH[name]()
+    made, plan = adapted_speech(dense)
+    for gate in gates_of(made):
+        for parameter, p in gate.named_parameters():
+            nn.init.normal_(p, std=1.0 if "weight" in parameter else 0.3)
+        gate.fc2.bias.data -= 10  # type: ignore[union-attr]  # damages of about the price of the learners
+    low = round(plan.budget_range[0] + 0.02, 3)
+    table = Calibration(budgets=(1.0, low), dials=(0.3, 0.5) if name == "whisper" else (0.6, 0.72))
+    model = make_adaptive(made.eval(), plan, table, base_of(dense))
+    loaded = session(export(model, tmp_path / "model.onnx", compute=True))
+    told = loaded.get_modelmeta().custom_metadata_map
+    whole = name == "wav2vec2"
+    assert [output.name for output in loaded.get_outputs()] == ["logits" if whole else "hidden_states", "macs_ratio"]
+    assert told.get("part") == (None if whole else "model.encoder")
+    part = model if whole else model.get_encoder()
+    for lengths in ((9000, 9000), (3000,)) if name != "whisper" else ((1, 1), (1,)):
+        x = inputs_for(model, lengths).tensors[model.main_input_name]
+        outputs = []
+        for budget in (0.97, low):
+            model.set_budget(budget)
+            with torch.no_grad(), record(part, len(x)) as seen:
+                expected = part(x)
+            expected = expected.logits if whole else expected.last_hidden_state
+            choices = torch.cat([c.flatten() for c in seen.per_token.values()])
+            assert 0.05 < (choices < choices.max()).double().mean() < 0.95
+            torch.testing.assert_close(ask(loaded, x, budget), expected, atol=1e-4, rtol=1e-4)
+            macs, most = plan.account(seen.executed().double(), seen.tokens)
+            torch.testing.assert_close(ask(loaded, x, budget, "macs_ratio").double(), macs / most, atol=1e-5, rtol=0)
+            outputs.append(expected)
+        assert not torch.allclose(*outputs, atol=1e-3)
 
 
 def test_tracing_leaves_the_model_as_it_was(model: Any) -> None:
@@ -194,9 +281,15 @@ def test_what_cannot_be_exported_is_refused_by_name(tmp_path: Path) -> None:
     made = make_adaptive(cnn, plan, table, {"library": "module", "architecture": "tiny"})
     with pytest.raises(AcmizeError, match="found method cosine-gate, expected acm"):
         export(made, tmp_path / "model.onnx")
-    speech = next(iter(HOSTS.values()))()
-    with pytest.raises(AcmizeError, match="a speech model"):
-        export(speech, tmp_path / "model.onnx")
+
+
+def test_a_missing_compiler_is_named(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    with pytest.raises(AcmizeError, match=r"found no C\+\+ compiler, expected one for aoti; install g\+\+ or clang"):
+        export(model, tmp_path / "model.pt2", "aoti")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_packages_are_named(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

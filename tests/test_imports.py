@@ -39,6 +39,7 @@ ORDER = (
     ("recipe",),
     ("streaming", "images", "speech", "speech_training"),
     ("evaluate", "evaluate_speech", "saved"),
+    ("results",),
     ("hub", "timm_entry", "hf_entry"),
     ("api",),
     ("bench", "bench_speech", "verify", "serve", "latency"),

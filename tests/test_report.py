@@ -265,18 +265,6 @@ def test_the_command(model: Any, run_command: Any, tmp_path: Path) -> None:
 # --- a browser ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    with playwright.sync_playwright() as run:
-        if path is None and not Path(run.chromium.executable_path).exists():
-            pytest.skip("no Chromium: apt-get install chromium, or playwright install chromium")
-        made = run.chromium.launch(executable_path=path, args=["--no-sandbox"])  # a container has no user namespaces
-        yield made
-        made.close()
-
-
 @pytest.fixture
 def tab(browser: Any, page: Path) -> Iterator[Any]:
     """The report in a window of a phone; anything said to the console or loaded from elsewhere is an error."""

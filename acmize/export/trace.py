@@ -20,39 +20,96 @@ from torch.export import Dim, ExportedProgram
 
 from acmize.cost import evaluating
 from acmize.errors import AcmizeError
-from acmize.gates import gates_of
-from acmize.hosts_speech import is_speech
+from acmize.gates import AdaptiveModule, Decision, gates_of
+from acmize.hosts_speech import encoder_path, example_speech, has_fixed_length, is_speech
 from acmize.methods.acm import AcmConfig
 from acmize.methods.token_merging import hooks_of
 from acmize.phases.calibrate import Calibration
 from acmize.plan import Merging
 from acmize.registry import method_for
 
+EXAMPLE_FRAMES = 50  # of the utterance that is traced: the graph takes any number
+
 
 class AnyBudget(nn.Module):
     """A converted model as a function of an input and a budget; budgets out of the plan's range are clamped to it.
 
     Args:
-        model: adaptive, see `hub.Adaptive`; used as it is, and left as it was.
+        model: adaptive, see `hub.Adaptive`; used as it is, and left as it was. Of a speech-to-text model, the encoder.
+        compute: also return what each sample cost.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, compute: bool = False) -> None:
         super().__init__()
-        self.model = model
-        self.range = budget_range(model)
+        self.model, self.plan, self.compute = part_of(model), model.plan, compute
+        self.calibration, self.range = model.calibration, budget_range(model)
 
-    def forward(self, x: Tensor, budget: Tensor) -> Tensor:
-        """X (B, C, H, W), budget () -> logits (B, classes)."""
+    def forward(self, x: Tensor, budget: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """X (B, ...), budget () -> the part's output, and with `compute` the share of the dense MACs it took, (B,)."""
         share = budget.double().clamp(*self.range)  # as Python computes: what is rounded below must not differ
-        dial = dial_at(self.model.calibration, share)
+        dial = dial_at(self.calibration, share)
         buffers: dict[str, Tensor] = {}
         names = {id(m): name for name, m in self.model.named_modules()}
         for gate in gates_of(self.model):
             buffers[f"{names[id(gate)]}.dial"] = dial.to(gate.dial.dtype)
             buffers[f"{names[id(gate)]}.price"] = gate.price_at(dial).to(gate.price.dtype)
-        merging = self.model.plan.merging
-        with merging_by(self.model, [] if merging is None else schedule_at(merging, share)):
-            return torch.func.functional_call(self.model, buffers, (x,))
+        merging = self.plan.merging
+        with (
+            merging_by(self.model, [] if merging is None else schedule_at(merging, share)),
+            _spending(self.model if self.compute else nn.Identity(), x) as spent,
+        ):
+            out = output_of(torch.func.functional_call(self.model, buffers, (x,)))
+        if not self.compute:
+            return out
+        if merging is not None:  # the rest of the work is then less than without
+            rest = table_at([self.plan.macs_rest(merging.schedule(b / 1000)) for b in range(1001)], share)
+            return out, (spent.macs + rest) / self.plan.macs_dense
+        macs, whole = self.plan.account(spent.macs, spent.tokens)
+        return out, macs / whole
+
+
+def part_of(model: Any) -> nn.Module:
+    """What is exported of a model: all of it, or the encoder of a speech-to-text model."""
+    return model.get_submodule(encoder_path(model)) if is_speech(model) else model
+
+
+def output_of(found: Any) -> Tensor:
+    """What a model answers: a tensor, or logits or hidden states of an output of transformers."""
+    if isinstance(found, Tensor):
+        return found
+    return found.logits if hasattr(found, "logits") else found.last_hidden_state
+
+
+class _Spent:
+    """In the place of a `Recorder`: MACs alone, by operators that can be exported.
+
+    Attributes:
+        macs: (samples,) of the sites and their gates.
+        tokens: entry -> tokens a sample.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.samples, self.macs, self.tokens = x.shape[0], x.new_zeros(x.shape[0]), {}
+
+    def add(self, module: AdaptiveModule, x: Tensor, decision: Decision) -> None:
+        """Called by the adaptive modules."""
+        each = (module.macs(decision).sum(-1) + sum(module.gate.gate_macs)).reshape(self.samples, -1)
+        self.macs = self.macs + each.sum(1)
+        self.tokens |= dict.fromkeys(module.names, each.shape[1])
+
+
+@contextmanager
+def _spending(model: nn.Module, x: Tensor) -> Iterator[_Spent]:
+    """Add up what every adaptive module of `model` spends inside the context."""
+    spent: Any = _Spent(x)
+    modules = [m for m in model.modules() if isinstance(m, AdaptiveModule)]
+    for module in modules:
+        module.recorder = spent
+    try:
+        yield spent
+    finally:
+        for module in modules:
+            module.recorder = None
 
 
 def budget_range(model: Any) -> tuple[float, float]:
@@ -75,8 +132,12 @@ def schedule_at(merging: Merging, budget: Tensor) -> list[int | Tensor]:
     The rule looks at budgets in thousandths, so the graph holds a table of all of them.
     """
     columns = list(zip(*(merging.schedule(b / 1000) for b in range(1001)), strict=True))
-    row = (budget * 1000).round().long()
-    return [torch.tensor(pairs)[row] if len(set(pairs)) > 1 else pairs[0] for pairs in columns]
+    return [table_at(pairs, budget) if len(set(pairs)) > 1 else pairs[0] for pairs in columns]
+
+
+def table_at(values: Sequence[int], budget: Tensor) -> Tensor:
+    """The value () for a budget (), of one for each thousandth from 0 to 1."""
+    return torch.tensor(values)[(budget * 1000).round().long()]
 
 
 @contextmanager
@@ -93,18 +154,24 @@ def merging_by(model: nn.Module, schedule: Sequence[int | Tensor]) -> Iterator[N
             hook.r = r
 
 
-def trace(model: Any, *, fused_attention: bool = True, samples: int = 2) -> ExportedProgram:
-    """The program (x, budget) -> logits, for any number of samples.
+def trace(model: Any, *, fused_attention: bool = True, samples: int = 2, compute: bool = False) -> ExportedProgram:
+    """The program (x, budget) -> output, for any number of samples, of any length where the model takes them.
 
     Args:
         model: adaptive, on the CPU; left as it was.
         fused_attention: keep timm's one operator for attention; ONNX cannot break it up once tokens are merged.
         samples: in the example that is traced.
+        compute: also return what each sample cost, a share of the dense MACs, (B,).
     """
     check_exportable(model)
-    example = (torch.zeros(samples, *model.plan.input_size), torch.tensor(0.75))
+    x, free = torch.zeros(samples, *model.plan.input_size), {0: Dim.DYNAMIC}
+    if is_speech(model):
+        one = example_speech(model, EXAMPLE_FRAMES).tensors[model.main_input_name]
+        x = one.expand(samples, *one.shape[1:]).clone()
+        free |= {} if has_fixed_length(model) else {1: Dim.DYNAMIC}
     with evaluating(model), _attention(model, fused_attention):
-        return torch.export.export(AnyBudget(model).eval(), example, dynamic_shapes=({0: Dim.DYNAMIC}, None))
+        program = AnyBudget(model, compute).eval()
+        return torch.export.export(program, (x, torch.tensor(0.75)), dynamic_shapes=(free, None))
 
 
 @contextmanager
@@ -124,13 +191,13 @@ def check_exportable(model: Any) -> None:
     """Raise unless one graph can serve every input of this model.
 
     Raises:
-        AcmizeError: a speech model, a method without operators of its own, or a model that is not on the CPU.
+        AcmizeError: a method without operators of its own, frames that are merged, a model that is not on the CPU.
     """
-    if is_speech(model):
-        raise AcmizeError(f"export: found {type(model).__name__}, a speech model; only images can be exported so far")
     if not isinstance(model.plan.config, AcmConfig):
         name = method_for(model.plan.config).name
         raise AcmizeError(f"export: found method {name}, expected acm; other methods run in Python alone so far")
+    if model.plan.merging is not None and model.plan.merging.neighbours:
+        raise AcmizeError("export: found merged frames, expected none in a file so far; convert with --merge none")
     device = next(model.parameters()).device.type
     if device != "cpu":
         raise AcmizeError(f"export: found a model on {device}, expected cpu; move it there with model.cpu()")

@@ -23,7 +23,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -107,12 +107,14 @@ class MergeHook:
 
     def __init__(self, state: MergeState, r: int | Tensor, prefix: int, first: bool) -> None:
         self.state, self.r, self.prefix, self.first = state, r, prefix, first
+        self._entered: tuple[Tensor | None, Frames | None] = (None, None)  # before this block in the last forward
 
     def __call__(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """`(x, ...)` -> the same with x merged and `attn_mask` set."""
         x = args[0]
         if self.first:
             self.state.sizes = None
+        self._enter()
         known, trace = not isinstance(self.r, Tensor), self.state.trace
         if not known or self.r or trace is not None:
             sizes = self.state.sizes
@@ -128,6 +130,18 @@ class MergeHook:
         if self.state.sizes is not None:
             kwargs = {**kwargs, "attn_mask": self.state.mask(x.dtype)}
         return (x, *args[1:]), kwargs
+
+    def _enter(self) -> None:
+        """Remember what reaches this block, or bring it back.
+
+        Gradient checkpointing computes blocks again while a backward runs, the last one first.
+        """
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            frames = self.state.frames
+            self._entered = self.state.sizes, frames and replace(frames, left=list(frames.left))
+        else:
+            self.state.sizes, frames = self._entered
+            self.state.frames = frames and replace(frames, left=list(frames.left))
 
 
 class FrameMergeHook(MergeHook):
@@ -158,6 +172,7 @@ class FrameMergeHook(MergeHook):
             self._begin(x, mask)
             if block.recorder is not None:
                 block.recorder.tokens[""] = torch.tensor(self._frames.counts, device=x.device)
+        self._enter()
         if self.r:
             x = self._merged(x, state.sizes if state.sizes is not None else _real(x, mask).to(x.dtype))
         frames = self._frames

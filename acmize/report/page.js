@@ -237,6 +237,38 @@ function showPictures(stop, level) {
   byId("failures-note").textContent = `Of ${survey.samples} images, ${level.lost} that the dense model has right are wrong at this budget${more}; ${level.gained} that it has wrong are right.`;
 }
 
+// --- recordings --------------------------------------------------------------------------------------------------
+
+const heard = survey && survey.recordings;
+const tracks = []; // {recording, canvas, caption}
+
+function layOutRecordings() {
+  byId("recordings").replaceChildren(...heard.map((recording) => {
+    const canvas = element("canvas", { class: "wave", role: "img", width: recording.wave.length, height: 64 });
+    const caption = element("figcaption");
+    tracks.push({ recording, canvas, caption });
+    return element("figure", {}, canvas, caption);
+  }));
+}
+
+function showRecordings(stop, level) {
+  for (const { recording, canvas, caption } of tracks) {
+    const { wave } = recording, frames = recording.frames[stop], context = canvas.getContext("2d");
+    context.clearRect(0, 0, canvas.width, canvas.height);
+    [...wave].forEach((letter, i) => {
+      const share = LETTERS.indexOf(frames[Math.floor((i * frames.length) / wave.length)]) / 63;
+      const height = Math.max(1, (LETTERS.indexOf(letter) / 63) * canvas.height);
+      context.fillStyle = `rgb(${colour(share).join(" ")})`;
+      context.fillRect(i, (canvas.height - height) / 2, 1, height);
+    });
+    const cost = `${recording.seconds} s, ${percent(recording.cost[stop])} % of the dense MACs`;
+    canvas.setAttribute("aria-label", cost);
+    const said = recording.guess[stop], changed = said !== recording.dense ? `; dense: “${recording.dense}”` : "";
+    caption.textContent = `${cost}${said ? `: “${said}”${changed}` : ""}`;
+  }
+  byId("heard-note").textContent = `Of ${survey.samples} recordings, ${level.lost} are written differently from the dense model at this budget.`;
+}
+
 // --- the slider --------------------------------------------------------------------------------------------------
 
 /** What the page shows at each stop of the slider: as surveyed, or what was saved with the model. */
@@ -251,13 +283,14 @@ const stops = levels();
 function show(stop) {
   const level = stops[stop], slider = byId("budget");
   byId("budget-value").textContent = number(level.budget);
-  const where = survey ? `these ${survey.samples} images` : `${content.samples} samples`;
+  const where = survey ? `these ${survey.samples} ${heard ? "recordings" : "images"}` : `${content.samples} samples`;
   const told = `${percent(level.macs_ratio)} % of the dense MACs, ${metricName.split(",")[0]} ${percent(metric(level))} %, agreement with dense ${percent(level.agreement)} % on ${where}`;
   byId("budget-note").textContent = told;
   slider.setAttribute("aria-valuetext", `budget ${number(level.budget)}: ${told}`);
   charts(level.macs_ratio);
   showSites(level);
-  if (survey) showPictures(stop, level);
+  if (heard) showRecordings(stop, level);
+  else if (survey) showPictures(stop, level);
 }
 
 function start() {
@@ -275,8 +308,11 @@ function start() {
   byId("environment").textContent = JSON.stringify(content.environment, null, 2);
   numbers();
   layOutSites();
-  for (const id of ["inputs", "failures-part", "histograms-part"]) byId(id).hidden = !survey;
-  if (survey) {
+  byId("histograms-part").hidden = !survey;
+  byId("heard").hidden = !heard;
+  for (const id of ["inputs", "failures-part"]) byId(id).hidden = !survey || Boolean(heard);
+  if (heard) layOutRecordings();
+  else if (survey) {
     layOutPictures();
     byId("overlays").hidden = !survey.grid;
     byId("sizes-choice").hidden = !survey.pictures.some((p) => p.sizes && p.sizes.length);

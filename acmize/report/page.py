@@ -17,9 +17,10 @@ from typing import Any
 
 from acmize.__about__ import __version__
 from acmize.checkpoint import read_json, write_text
-from acmize.errors import AcmizeError
 from acmize.hosts_speech import is_speech
 from acmize.report.survey import survey
+from acmize.report.survey_speech import survey_speech
+from acmize.results import metric_of
 
 LIMIT = 64  # images surveyed by default: half a minute for a DeiT-Tiny
 
@@ -40,28 +41,29 @@ def write_report(
     Args:
         model: from `from_pretrained` or `convert`.
         path: of the HTML file; written whole or not at all.
-        data: images to survey; without them the page has what was saved with the model.
+        data: images or recordings to survey; without them the page has what was saved with the model.
         folder: where the model was saved: rivals measured by `acmize compare` are read from there.
         dense: the dense model, to set beside; without it the adaptive one at full width stands for it.
         budgets: stops of the slider; by default those the model was evaluated at and the middle between each two.
-        limit: images surveyed at most.
+        limit: images or recordings surveyed at most.
         seed: of the choice of those.
 
     Returns:
         What the page was made of, as of `content`.
 
     Raises:
-        AcmizeError: a speech model with data, data that cannot be opened, a budget out of reach, a disk that refuses.
+        AcmizeError: data that cannot be opened, a budget out of reach, a disk that refuses.
     """
-    if data is not None and is_speech(model):
-        raise AcmizeError(f"report: found {type(model).__name__}, a speech model; leave --data out, images only so far")
     made = content(model, folder)
     if data is not None:
         before = model.budget
         stops = sorted(budgets) if budgets else _stops([row["budget"] for row in made["results"]])
         for budget in stops:
             model.plan.check_budget(budget)
-        made["survey"] = survey(model, data, stops, dense=dense, limit=limit, seed=seed)
+        if is_speech(model):
+            made["survey"] = survey_speech(model, data, stops, dense=dense, limit=limit)
+        else:
+            made["survey"] = survey(model, data, stops, dense=dense, limit=limit, seed=seed)
         if before is not None:
             model.set_budget(before)
     write_text(path, render(made))
@@ -77,7 +79,7 @@ def content(model: Any, folder: str | Path | None = None) -> dict[str, Any]:
         "acmize": __version__,
         "budget": model.budget,
         "macs_dense": model.plan.macs_dense,
-        "metric": "wer" if "wer" in results.get("dense", {}) else "accuracy",
+        "metric": metric_of(results)[0],
         "dense": results.get("dense"),
         "results": sorted(results.get("results", []), key=lambda row: row["budget"]),
         "samples": results.get("samples"),

@@ -14,11 +14,8 @@ from torch import Tensor
 from acmize.api import answers_of
 from acmize.cost import evaluating
 from acmize.data import data_config
-from acmize.evaluate import Reference, top1
-from acmize.gates import record
+from acmize.evaluate import Reference, answers, top1
 from acmize.images import Batches, images_to_test
-from acmize.inputs import logits_of
-from acmize.methods.token_merging import schedule_of
 from acmize.report.maps import compute_maps, map_grid
 
 EXAMPLES, EXTREMES, FAILURES = 6, 6, 12
@@ -85,31 +82,21 @@ def survey(
     }
 
 
-@torch.no_grad()
 def _level(model: Any, batches: Batches, known: Reference, budget: float) -> dict[str, Any]:
     """All images at one budget: what is summed for the page, and `cost`, `guess` and `is_lost` (N,) of each image."""
     model.set_budget(budget)
-    rest, logits, cost = model.plan.macs_rest(schedule_of(model)), [], []
-    histograms: dict[str, Tensor] = {}
-    with evaluating(model):
-        for inputs, _ in batches:
-            with record(model, len(inputs)) as seen:
-                logits.append(logits_of(model(inputs)).float().cpu())
-            cost.append((rest + seen.executed().double().cpu()) / model.plan.macs_dense)
-            for name, counts in seen.choices.items():
-                histograms[name] = histograms.get(name, 0) + counts.cpu()
-    out, shares = torch.cat(logits), torch.cat(cost)
-    guess, dense = out.argmax(-1), known.logits.argmax(-1)
+    found = answers(model, model.plan, batches)
+    guess, dense = found.logits.argmax(-1), known.logits.argmax(-1)
     right, was_right = guess == known.labels, dense == known.labels
     return {
         "budget": budget,
-        "macs_ratio": shares.mean().item(),
-        "accuracy": top1(out, known.labels),
+        "macs_ratio": found.executed.mean().item(),
+        "accuracy": top1(found.logits, known.labels),
         "agreement": (guess == dense).double().mean().item(),
-        "histograms": [histograms[e.fqn].tolist() for e in model.plan.entries],
+        "histograms": [found.choices[e.fqn].tolist() for e in model.plan.entries],
         "lost": int((was_right & ~right).sum()),
         "gained": int((right & ~was_right & (known.labels >= 0)).sum()),
-        "cost": shares,
+        "cost": found.executed,
         "guess": guess,
         "is_lost": was_right & ~right,
     }
