@@ -68,6 +68,6 @@ def convert_(model: nn.Module, plan: Plan) -> nn.Module:
         setattr(model.get_submodule(parent), name, module)
     padding.install(model, AdaptiveModule)
     if plan.merging is not None:
-        install_merging(model, plan.merging.tokens)
+        install_merging(model, plan.merging)
     fast_products_(model)
     return model

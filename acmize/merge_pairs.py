@@ -82,11 +82,6 @@ def fold(x_BTD: Tensor, sizes_BT: Tensor, holder_BT: Tensor, tokens: int) -> tup
     return (total / sizes.clamp_min(1.0)[:, None]).unflatten(0, shape), sizes.view(shape)
 
 
-def scaled(r: int, tokens: int, reference: int) -> int:
-    """Pairs to merge of so many tokens where r of `reference` are merged, rounded."""
-    return (2 * r * tokens + reference) // (2 * reference)
-
-
 def held_together(holder: Tensor) -> Tensor:
     """(..., T) which token holds each first token -> how many first tokens that one holds, float32."""
     counts = torch.zeros(holder.shape, device=holder.device)

@@ -10,11 +10,11 @@ import dataclasses
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
 
 from acmize.errors import AcmizeError
-from acmize.merge_pairs import scaled
 from acmize.registry import config_class, method_for
 
 SCHEMA = 1
@@ -170,7 +170,7 @@ class Merging:
     block `first[0]` (of twelve) down to a budget of `knees[0]`, and moves to the front until `first[1]` at `knees[1]`:
     early merges save the most and cost the most (docs/log.md). Of the blocks from there, earlier ones merge more
     (weight 1.25 L - i in block i of L). With `fixed`, so many pairs before each block but the first, at any budget.
-    Frames of speech (`neighbours`) are merged in proportion to the length of a recording, the first block not spared:
+    Frames of speech (`neighbours`) are merged for the same share of a recording's work (`at`), the first block not spared:
     before each block by the same share of what is left, or, as the budget falls from one knee to the other, by one
     that falls by up to `decay` from block to block, since too few frames for the last blocks are worse than fewer for
     the first. Below a budget of `bend[0]` merging saves only the share `bend[1]` of what is still to be saved.
@@ -188,6 +188,7 @@ class Merging:
         fixed: pairs before each block at every budget, in place of the rule.
         path: of what holds the blocks.
         neighbours: tokens are frames, merged with their neighbours alone; the search for pairs is next to free.
+        lengths: of frames, `Plan.length_macs`.
     """
 
     tokens: int
@@ -208,6 +209,7 @@ class Merging:
     bend: tuple[float, float] = (0.0, 1.0)
     path: str = "blocks"
     neighbours: bool = False
+    lengths: tuple[float, float, float] = (0.0, 1.0, 0.0)
 
     def block_of(self, fqn: str) -> int | None:
         """Which block a module lies in; None outside them."""
@@ -215,9 +217,17 @@ class Merging:
         return None if inside == fqn else int(inside.split(".")[0])
 
     def at(self, tokens: int, schedule: tuple[int, ...]) -> tuple[Merging, tuple[int, ...]]:
-        """This merging for a recording of so many tokens, and the schedule there."""
+        """This merging for a recording of so many tokens, and the schedule that saves the same share of it.
+
+        A longer recording has more to save in its attention: merging as much of it would save a larger share.
+        """
         other = replace(self, tokens=tokens)
-        return other, other._possible([scaled(r, tokens, self.tokens) for r in schedule])
+        return other, schedule if tokens == self.tokens else _stretched(self, other, tuple(schedule))
+
+    def _cost(self) -> float:
+        """Dense MACs of a recording; up to a factor, where lengths cost in proportion."""
+        a, b, c = self.lengths
+        return a + b * self.tokens + c * self.tokens**2
 
     def schedule(self, budget: float) -> tuple[int, ...]:
         """Pairs to merge before each block at a budget; never more than half of what is left to merge."""
@@ -281,6 +291,20 @@ class Merging:
                 total -= -(-free // 2) * (free // 2) * self.dim
             before = count
         return total
+
+
+@lru_cache(maxsize=4096)
+def _stretched(near: Merging, far: Merging, schedule: tuple[int, ...]) -> tuple[int, ...]:
+    """A schedule of `near` for the length of `far`."""
+
+    def pairs(thousandths: int) -> tuple[int, ...]:
+        share = thousandths / 1000 * far.tokens / near.tokens
+        return far._possible([round(r * share) for r in schedule])
+
+    wanted = near._saved(schedule, near.linear_macs) / near._cost() * far._cost()
+    most = 2000
+    found = bisect_left(range(most), wanted, key=lambda k: far._saved(pairs(k), far.linear_macs))
+    return pairs(min(found, most))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -436,7 +460,9 @@ def _three(values: Any) -> tuple[float, float, float]:
 
 
 def _merging(d: dict[str, Any]) -> Merging:
-    lists = {name: tuple(d[name]) for name in ("linear_macs", "dense_macs", "first", "knees", "bend") if name in d}
+    lists = {
+        name: tuple(d[name]) for name in ("linear_macs", "dense_macs", "first", "knees", "bend", "lengths") if name in d
+    }
     merging = Merging(**{**d, **lists})
     counts = {name: getattr(merging, name) for name in ("prefix", "dim", "attention_dim", "macs")}
     _whole(
@@ -453,6 +479,7 @@ def _merging(d: dict[str, Any]) -> Merging:
         or not 0 <= float(merging.decay) <= 1
         or not isinstance(merging.path, str)
         or not isinstance(merging.neighbours, bool)
+        or not all(0 <= part <= 1e18 for part in _three(merging.lengths))
     ):
         raise ValueError(f"merging: {merging.blocks} blocks of {merging.tokens} tokens do not fit")
     return merging

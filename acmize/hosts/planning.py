@@ -133,10 +133,12 @@ def make_plan(
     entries = _complete(model, modules, drafts, inputs, work)
     scope = _scope(model, entries) if speech else ""
     macs = _macs_of(model, scope, inputs)
+    lengths = _length_macs(model, scope, _counted(model, entries, blocks)) if speech else None
     merging = None
     if merge not in ("none", 0):
         if isinstance(blocks, Blocks):
             merging = _merging(model, blocks, entries, macs, merge, inputs)
+            merging = replace(merging, lengths=lengths) if lengths is not None else merging
         elif merge == "auto":
             refused.append(Refusal(fqn="blocks", reason=blocks))
         else:
@@ -149,7 +151,7 @@ def make_plan(
         input_size=_size(inputs[0]),
         merging=merging,
         scope=scope,
-        length_macs=_length_macs(model, scope, _counted(model, entries, blocks)) if speech else None,
+        length_macs=lengths,
     )
 
 

@@ -21,16 +21,19 @@ Shapes: B samples, T tokens, D width, P prefix tokens (class, registers; never m
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from acmize.merge_pairs import fold, merge, neighbours, places, scaled
+from acmize.merge_pairs import fold, merge, neighbours, places
 from acmize.padding import Padding, class_path
+
+Stretch = Callable[[int, tuple[int, ...]], tuple[int, ...]]
 
 # --- hooks ----------------------------------------------------------------------------------------------------
 
@@ -85,12 +88,14 @@ class Frames:
     Attributes:
         counts: real frames of each recording at the first block.
         left: tokens of each recording now.
+        pairs: of each recording, how many are merged before each block.
         holder: (B, T) the token that holds each frame of the first block; None before the first merge.
         at: (B, T') where in time each token is, in frames, likewise.
     """
 
     counts: list[int]
     left: list[int]
+    pairs: list[tuple[int, ...]]
     holder: Tensor | None = None
     at: Tensor | None = None
 
@@ -147,20 +152,22 @@ class MergeHook:
 class FrameMergeHook(MergeHook):
     """Pre-forward hook of a block of a speech encoder: merges neighbours; a token turns as the mean of its positions.
 
-    `r` is for a recording of `reference` frames; a longer one merges as much more. Padding has size 0: it is merged
-    with nothing, and log(0) hides it from the attention.
+    `r` is for a recording of the plan's length; of another one as much is merged as saves the same share. Padding has
+    size 0: it is merged with nothing, and log(0) hides it from the attention.
 
     Args:
         state: shared by the hooks of a model.
-        first: this is the first block, whose `recorder` is told how many frames there are.
-        reference: frames that `r` is for.
+        hooks: of the model so far; this one is added. The `recorder` of the first block is told how many frames there
+            are.
+        stretch: (frames, schedule) -> pairs before each block for a recording of so many frames.
         encoder: whose `padding` tells its modules which tokens are real, and whose `rotary_emb` turns them, if it has
             them.
     """
 
-    def __init__(self, state: MergeState, first: bool, reference: int, encoder: Any) -> None:
-        super().__init__(state, 0, 0, first)
-        self.reference = reference
+    def __init__(self, state: MergeState, hooks: list[FrameMergeHook], stretch: Stretch, encoder: Any) -> None:
+        super().__init__(state, 0, 0, first=not hooks)
+        self.index, self.hooks, self.stretch = len(hooks), hooks, stretch
+        hooks.append(self)
         self.padding: Padding | None = getattr(encoder, "padding", None)
         self.rotary = getattr(encoder, "rotary_emb", None)
 
@@ -173,7 +180,7 @@ class FrameMergeHook(MergeHook):
             if block.recorder is not None:
                 block.recorder.tokens[""] = torch.tensor(self._frames.counts, device=x.device)
         self._enter()
-        if self.r:
+        if any(pairs[self.index] for pairs in self._frames.pairs):
             x = self._merged(x, state.sizes if state.sizes is not None else _real(x, mask).to(x.dtype))
         frames = self._frames
         if state.trace is not None:
@@ -195,12 +202,13 @@ class FrameMergeHook(MergeHook):
 
     def _begin(self, x: Tensor, mask: Tensor | None) -> None:
         counts = [x.shape[1]] * len(x) if mask is None else _real(x, mask).sum(1).tolist()
-        self.state.sizes, self.state.frames = None, Frames(counts, list(counts))
+        schedule = tuple(int(hook.r) for hook in self.hooks)
+        pairs = [self.stretch(count, schedule) for count in counts]
+        self.state.sizes, self.state.frames = None, Frames(counts, list(counts), pairs)
 
     def _merged(self, x: Tensor, sizes: Tensor) -> Tensor:
         frames = self._frames
-        pairs = zip(frames.counts, frames.left, strict=True)
-        r = [min(scaled(int(self.r), count, self.reference), left // 2) for count, left in pairs]
+        r = [pairs[self.index] for pairs in frames.pairs]
         holder = neighbours(x, sizes, torch.tensor(r, device=x.device))
         frames.left = [left - gone for left, gone in zip(frames.left, r, strict=True)]
         at = torch.arange(x.shape[1], device=x.device).expand(len(x), -1) if frames.at is None else frames.at
@@ -300,28 +308,33 @@ def why_not(model: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def install_merging(model: Any, tokens: int = 1) -> None:
+def install_merging(model: Any, merging: Any = None) -> None:
     """Register the hooks on a model's blocks, merging nothing until `set_schedule`.
 
     Args:
         model: one for which `why_not` finds nothing.
-        tokens: frames of a recording that schedules are for.
+        merging: of its plan (`Merging`); needed for frames, whose number differs from sample to sample.
     """
     found = mergeable(model)
     assert isinstance(found, Blocks), found
     state = MergeState()
     blocks: list[Any] = list(model.get_submodule(found.path).children())
     encoder = model.get_submodule(found.path.rpartition(".")[0])
+    frame_hooks: list[FrameMergeHook] = []
     for i, block in enumerate(blocks):
         if not found.neighbours:
             block.register_forward_pre_hook(MergeHook(state, 0, found.prefix, i == 0), with_kwargs=True)
             continue
-        hook = FrameMergeHook(state, i == 0, tokens, encoder)
+        hook = FrameMergeHook(state, frame_hooks, partial(_pairs_at, merging), encoder)
         block.register_forward_pre_hook(hook, with_kwargs=True)
         if block is blocks[0]:
             block.recorder = None
         if block is blocks[-1]:
             block.register_forward_hook(hook.restore)
+
+
+def _pairs_at(merging: Any, frames: int, schedule: tuple[int, ...]) -> tuple[int, ...]:
+    return merging.at(frames, schedule)[1]
 
 
 def set_schedule(model: Any, schedule: Sequence[int]) -> None:
