@@ -44,6 +44,12 @@ def main() -> None:
     """Entry point: user errors become one line and exit status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("acmize").setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
+    if (count := parallel.alone_of()) is not None:
+        logging.getLogger("acmize").info(
+            "accelerate started one process on this CPU: torchrun starts the %d that were asked for", count
+        )
+        words = ["--nproc-per-node", str(count), "--master-port", os.environ["MASTER_PORT"], "-m", "acmize"]
+        os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *words, *sys.argv[1:]])
     try:
         with stopping_on_sigterm():
             app(standalone_mode=True)

@@ -65,6 +65,24 @@ def placed(device: str) -> torch.device:
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device)
 
 
+def alone_of() -> int | None:
+    """Of how many processes this one was to be, where `accelerate launch --cpu` started it alone; else None.
+
+    Without mpirun it starts one process on a CPU, whatever number it is asked for. The number stands in its command.
+    """
+    if "MASTER_PORT" not in os.environ or "WORLD_SIZE" in os.environ or any(name in os.environ for name in MPI):
+        return None
+    import psutil  # comes with accelerate
+    from accelerate.commands.launch import launch_command_parser
+
+    launcher = psutil.Process().parent()
+    words = [] if launcher is None else launcher.cmdline()
+    if "launch" not in words:
+        return None
+    asked = launch_command_parser().parse_known_args(words[words.index("launch") + 1 :])[0].num_processes
+    return asked if asked and asked > 1 else None
+
+
 def processes() -> int:
     """How many processes work on this together."""
     return 1 if _state.apart or not dist.is_initialized() else dist.get_world_size()

@@ -170,9 +170,9 @@ class Merging:
     block `first[0]` (of twelve) down to a budget of `knees[0]`, and moves to the front until `first[1]` at `knees[1]`:
     early merges save the most and cost the most (docs/log.md). Of the blocks from there, earlier ones merge more
     (weight 1.25 L - i in block i of L). With `fixed`, so many pairs before each block but the first, at any budget.
-    Frames of speech (`neighbours`) are merged for the same share of a recording's work (`at`), the first block not spared:
-    before each block by the same share of what is left, or, as the budget falls from one knee to the other, by one
-    that falls by up to `decay` from block to block, since too few frames for the last blocks are worse than fewer for
+    Frames of speech (`neighbours`) are merged for the same share of a recording's work (`at`), the first block not
+    spared: before each block by the same share of what is left, or, as the budget falls from one knee to the other, by
+    one that falls by up to `decay` from block to block, since too few frames for the last blocks are worse than fewer for
     the first. Below a budget of `bend[0]` merging saves only the share `bend[1]` of what is still to be saved.
 
     Attributes:

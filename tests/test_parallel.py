@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from acmize import AcmizeError, parallel
+from acmize.__about__ import __version__
 from acmize.checkpoint import load_tensors
 from acmize.inputs import Inputs
 
@@ -122,3 +123,15 @@ def test_one_process_is_plain() -> None:
     assert torch.equal(parallel.variance(x), x.var())
     assert parallel.subset([1, 2]) == [1, 2]
     parallel.from_owner_(nn.Linear(2, 2), 0)
+
+
+def test_accelerate_starts_as_many_as_it_is_asked_for() -> None:
+    """On a CPU it starts one alone, which becomes torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    words = ["launch", "--cpu", "--num_processes", "2", "--main_process_port", port, "-m", "acmize", "--version"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *words]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.count(__version__) == 2, done.stderr[-2000:]
