@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -178,12 +179,28 @@ def rows_of(batch: Any) -> Rows:
     return Rows(_each(batch, lambda part: part[slice(0, 1) if idle else mine]), idle)
 
 
-def in_step(batches: Any) -> Iterator[Rows]:
+@dataclass(frozen=True)
+class InStep:
+    """This process's rows of each batch, from any batch on; see `in_step`."""
+
+    batches: Any
+
+    def __iter__(self) -> Iterator[Rows]:
+        return self.starting_at(0)
+
+    def starting_at(self, number: int) -> Iterator[Rows]:
+        """Without reading those before it, where the batches can be begun anywhere."""
+        if hasattr(self.batches, "starting_at"):
+            return map(rows_of, self.batches.starting_at(number))
+        stream = map(Rows, self.batches.own()) if hasattr(self.batches, "own") else map(rows_of, self.batches)
+        for _ in islice(stream, number):
+            pass
+        return stream
+
+
+def in_step(batches: Any) -> InStep:
     """This process's rows of each batch; a `Loader` reads no others."""
-    if hasattr(batches, "own"):
-        yield from map(Rows, batches.own())
-    else:
-        yield from map(rows_of, batches)
+    return InStep(batches)
 
 
 def spread(batches: Iterable[Any]) -> Iterator[Any]:

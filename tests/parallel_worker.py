@@ -58,7 +58,7 @@ def converted(*layers: dict[str, Any], preset: str = "default") -> Any:
     dense: Any = vit(depth=3)
     dense.pretrained_cfg = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.3,) * 3, "crop_pct": 1.0}
     recipe = resolve(OPTIONS, *layers, preset_name=preset)
-    data = DatasetDict(train=noise(60, 0), test=noise(21, 1))
+    data = DatasetDict({"train": noise(60, 0), "test": noise(21, 1)})
     return convert(dense, data=data, recipe=recipe, base={"architecture": "tiny"})
 
 

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,22 @@ def test_a_process_without_rows_runs_one_for_company(monkeypatch: pytest.MonkeyP
     assert not parallel.idle()
     monkeypatch.setattr(parallel, "rank", lambda: 1)
     assert not parallel.rows_of(batch).idle
+
+
+def test_batches_are_begun_anywhere_without_reading_those_before() -> None:
+    class Stream:
+        read: tuple[int, ...] = ()
+
+        def starting_at(self, number: int) -> Iterator[torch.Tensor]:
+            for i in range(number, 4):
+                self.read += (i,)
+                yield torch.full((2,), i)
+
+    stream = Stream()
+    assert [int(rows.batch[0]) for rows in parallel.in_step(stream).starting_at(2)] == [2, 3]
+    assert stream.read == (2, 3)
+    assert [int(rows.batch) for rows in parallel.in_step([torch.tensor(i) for i in range(4)]).starting_at(3)] == [3]
+    assert len(list(parallel.in_step(stream))) == 4
 
 
 def test_owners_share_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
