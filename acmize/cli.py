@@ -22,6 +22,7 @@ from acmize.__about__ import __version__
 from acmize.console import AsJson, DenseWeights, Device, NoCompile, err, out, percent, table_of
 from acmize.errors import AcmizeError
 from acmize.interrupt import EXIT_STATUS, Stopped, stopping_on_sigterm
+from acmize.launched import alone_of
 from acmize.registry import methods
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Adaptive computation for pretrained models.")
@@ -44,7 +45,7 @@ def main() -> None:
     """Entry point: user errors become one line and exit status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("acmize").setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
-    if (count := parallel.alone_of()) is not None:
+    if (count := alone_of()) is not None:
         logging.getLogger("acmize").info(
             "accelerate started one process on this CPU: torchrun starts the %d that were asked for", count
         )

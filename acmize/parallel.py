@@ -22,9 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from acmize.errors import AcmizeError
-
-MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # what mpirun says, by implementation
-
+from acmize.launched import MPI
 
 class _State:
     idle = False  # this process runs rows of another one, for company, and adds nothing
@@ -64,24 +62,6 @@ def placed(device: str) -> torch.device:
     if device != "cpu" and not torch.cuda.is_available():
         raise AcmizeError(f"--device {device}: found no GPU that torch can use, expected one; use --device cpu")
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device)
-
-
-def alone_of() -> int | None:
-    """Of how many processes this one was to be, where `accelerate launch --cpu` started it alone; else None.
-
-    Without mpirun it starts one process on a CPU, whatever number it is asked for. The number stands in its command.
-    """
-    if "MASTER_PORT" not in os.environ or "WORLD_SIZE" in os.environ or any(name in os.environ for name in MPI):
-        return None
-    import psutil  # comes with accelerate
-    from accelerate.commands.launch import launch_command_parser
-
-    launcher = psutil.Process().parent()
-    words = [] if launcher is None else launcher.cmdline()
-    if "launch" not in words:
-        return None
-    asked = launch_command_parser().parse_known_args(words[words.index("launch") + 1 :])[0].num_processes
-    return asked if asked and asked > 1 else None
 
 
 def processes() -> int:

@@ -172,8 +172,8 @@ class Merging:
     (weight 1.25 L - i in block i of L). With `fixed`, so many pairs before each block but the first, at any budget.
     Frames of speech (`neighbours`) are merged for the same share of a recording's work (`at`), the first block not
     spared: before each block by the same share of what is left, or, as the budget falls from one knee to the other, by
-    one that falls by up to `decay` from block to block, since too few frames for the last blocks are worse than fewer for
-    the first. Below a budget of `bend[0]` merging saves only the share `bend[1]` of what is still to be saved.
+    one that falls by up to `decay` from block to block, since too few frames for the last blocks are worse than fewer
+    for the first. Below a budget of `bend[0]` merging saves only the share `bend[1]` of what is still to be saved.
 
     Attributes:
         tokens: tokens a sample at the model's own input size.

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "acmize"
 # Lowest first. Modules of one row may import each other as long as no circle arises; each row may import
 # the rows before it. A package (methods, phases, kernels) stands for all its modules.
 ORDER = (
-    ("__about__", "errors", "environment", "interrupt", "after"),
+    ("__about__", "errors", "environment", "interrupt", "launched", "after"),
     ("parallel",),
     ("registry",),
     ("kernels",),
