@@ -7,6 +7,7 @@ what the model reached in evaluation at each.
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def quantise(whole: Path, path: Path, keep: list[str], *, dynamic: bool = False)
         return
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+    logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)  # a line a node
     by_block: Any = MatMulNBitsQuantizer(
         proto, bits=8, block_size=INT8_BLOCK, accuracy_level=INT8_INPUTS, nodes_to_exclude=keep
     )
