@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from acmize.errors import AcmizeError
 from acmize.launched import MPI
 
+
 class _State:
     idle = False  # this process runs rows of another one, for company, and adds nothing
     apart = False  # what is computed now is this process's own affair
