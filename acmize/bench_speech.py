@@ -36,7 +36,7 @@ from acmize.bench import (
     threads,
 )
 from acmize.controls import workload
-from acmize.cost import evaluating, measure_work
+from acmize.cost import count_macs, evaluating, measure_work
 from acmize.errors import AcmizeError
 from acmize.gates import choosing, full_width
 from acmize.hosts_speech import alone_only, blocks_path, example_speech, front_end, is_speech
@@ -231,12 +231,13 @@ def _compared(
 def _work(model: Any, dense: nn.Module, batches: list[Heard]) -> dict[str, float]:
     """Dense MACs a second of audio of what the budget counts, and the front end's share of them."""
     plan, parts = model.plan, [inputs for heard in batches for inputs in heard.parts]
-    macs = measure_work(dense.get_submodule(plan.scope), example_speech(dense).without("decoder_input_ids")).macs
+    counted, example = dense.get_submodule(plan.scope), example_speech(dense).without("decoder_input_ids")
+    macs = measure_work(counted, example).macs
     prefix = f"{plan.scope}." if plan.scope else ""
     front = sum(macs[path.removeprefix(prefix)] for path in front_end(dense).modules)
     spent = workload(model, plan, parts).dense * sum(map(len, parts))
     audio = sum(heard.seconds for heard in batches)
-    return {"gmacs_per_second": spent / audio / 1e9, "front_share": front / plan.macs_dense}
+    return {"gmacs_per_second": spent / audio / 1e9, "front_share": front / count_macs(counted, example)}
 
 
 __all__ = ["bench_speech", "real_inputs", "real_recordings"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from short import converted, same_state, timeless
 
 from acmize.errors import AcmizeError
@@ -124,11 +125,23 @@ def test_other_options_model_or_data_are_refused(tmp_path: Path, monkeypatch: py
     with pytest.raises(AcmizeError, match="other weights"):
         convert(other, data=digits_dataset(), recipe=recipe({"phases": []}), work=work, resume=True)
     assert {p.name: p.read_bytes() for p in work.rglob("*") if p.is_file()} == before
-    (work / "init.safetensors").write_bytes(b"damaged")
-    with pytest.raises(AcmizeError, match=r"init\.safetensors"):
-        converted({"phases": []}, work=work, resume=True)
     converted({"phases": [], "seed": 1}, work=work)  # without resume it starts anew
     assert not work.exists()
+
+
+def test_a_damaged_stage_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_args: Any, **_options: Any) -> None:
+        raise Killed
+
+    work = tmp_path / "work"
+    with monkeypatch.context() as patch:
+        patch.setattr("acmize.api._Conversion._evaluate", killed)
+        with pytest.raises(Killed):
+            converted({"phases": []}, work=work)
+    (work / "init.safetensors").write_bytes(b"damaged")
+    again, whole = converted({"phases": []}, work=work, resume=True), converted({"phases": []})
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
 
 
 def test_stopped_by_the_system(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_a_resumed_conversion_keeps_its_plan(monkeypatch: pytest.MonkeyPatch, tm
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(api, "init_", killed)
+        patch.setattr(api, "initialise_", killed)
         with pytest.raises(KeyboardInterrupt):
             converted(options, work=tmp_path / "work")
     assert read_json(tmp_path / "work" / "device.json")["names"]
