@@ -104,7 +104,7 @@ def answers(model: nn.Module, plan: Plan, batches: Iterable[Batch], choose: Choo
             executed.append((rest + seen.executed().double().cpu()) / plan.macs_dense)
             chosen.append((rest + seen.chosen().double().cpu()) / plan.macs_dense)
             for name, parts in seen.macs.items():
-                load.setdefault(name, []).append((parts[-1] / seen.most[name]).cpu())
+                load.setdefault(name, []).append((parts[-1] / seen.most[name]).double().cpu())
                 choices[name] = choices.get(name, 0) + seen.choices[name].cpu()
     return Answers(
         logits=parallel.gather(torch.cat(logits)),

@@ -150,7 +150,7 @@ def answers_speech(
             whole.append(dense_macs)
             chosen.append(plan.account(seen.chosen().double().cpu(), seen.tokens, schedule)[0])
             for name, parts in seen.macs.items():
-                load.setdefault(name, []).append((parts[-1] / seen.most[name]).cpu())
+                load.setdefault(name, []).append((parts[-1] / seen.most[name]).double().cpu())
                 choices[name] = choices.get(name, 0) + seen.choices[name].cpu()
             for i, (u, logp) in enumerate(zip(utterances, _each(output.logits, inputs), strict=True)):
                 shares.append(mean_choices(seen, plan, i, trace))

@@ -6,6 +6,7 @@ The main process writes FOLDER/CASE.json (what was logged, calibrated and measur
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -108,7 +109,9 @@ def listened(dense: Any, folder: Path) -> None:
     from acmize.hf_models import Processor
 
     features = tf.Wav2Vec2FeatureExtractor(sampling_rate=8_000, return_attention_mask=True, do_normalize=False)
-    dense.processor = Processor(features, _tokenizer(folder, "ctc"))
+    own = folder / f"tokenizer-{os.environ.get('RANK', '0')}"  # both write its vocabulary
+    own.mkdir(exist_ok=True)
+    dense.processor = Processor(features, _tokenizer(own, "ctc"))
 
 
 def record_noise(folder: Path) -> None:
