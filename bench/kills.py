@@ -150,7 +150,9 @@ def run(kills: int, each: int, seed: int, folder: Path) -> dict[str, Any]:
         output, left = folder / "broken", min(each, kills - fallen.total())
         shutil.rmtree(output, ignore_errors=True)
         while True:
-            pid, delay = conversion.start(output), draw.uniform(0, whole)
+            start = time.perf_counter()
+            again = left < min(each, kills)  # less is to be done after a kill
+            pid, delay = conversion.start(output), draw.uniform(0, whole / 2 if again else whole)
             while left and delay > 0 and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 time.sleep(min(delay, 0.01))
                 delay -= 0.01
@@ -162,6 +164,7 @@ def run(kills: int, each: int, seed: int, folder: Path) -> dict[str, Any]:
                 fallen[stage_of(work_of(output))] += 1
                 wrong += [f"kill {fallen.total()}: {text}" for text in unreadable(folder)]
                 continue
+            whole = whole if again else min(whole, time.perf_counter() - start)
             break
         finished += 1
         if status:
