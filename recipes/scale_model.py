@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import _common as common
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from acmize.api import _Conversion, convert
@@ -120,7 +119,9 @@ class Model:
         count = min(options.images, s.images)
         seen = options.rounds * count * (2 + options.draws) * full
         weights = sum(sum(e.gate_macs for e in entries) for _, _, entries in self.gates)
-        fitted = options.rounds * options.steps * 1024 * weights * 3
+        kept = {tokens: min(1024, round(count * tokens * options.keep_tokens)) for tokens, _, _ in self.gates}
+        a_step = sum(kept[tokens] * sum(e.gate_macs for e in entries) for tokens, _, entries in self.gates)
+        fitted = options.rounds * options.steps * a_step * 3
         rows = sum(
             count * tokens * options.keep_tokens * FLOAT * (width + 1 + sum(e.num_learners for e in entries))
             for tokens, width, entries in self.gates
@@ -141,9 +142,10 @@ class Model:
         """The frozen source once an image; learners forward and backward, and once as they started."""
         options = s.recipe.distill
         steps = options.epochs * max(1, s.images // s.recipe.batch_size)
-        a_token = sum(sum(e.learner_macs) for e in self.local)
+        kept = {e.fqn: min(options.tokens, s.recipe.batch_size * e.tokens) for e in self.local}
+        learners = sum(kept[e.fqn] * sum(e.learner_macs) for e in self.local)
         source = steps * s.recipe.batch_size * self.plan.macs_dense
-        work = (source + steps * options.tokens * 4 * a_token) / s.processes
+        work = (source + steps * 4 * learners) / s.processes
         picked = steps * options.tokens * self.captured
         state = 3 * self.local_weights  # gradients and two moments
         batch = -(-s.recipe.batch_size // s.processes)
@@ -193,18 +195,18 @@ def _reduced(size: float, processes: int) -> float:
 def counted(model: Any, data: Any, recipe: Recipe) -> dict[str, int]:
     """MACs of every stage of a conversion, as `FlopCounterMode` sees them."""
     found: dict[str, int] = {}
-    run = _Conversion._stage
+    plain = _Conversion._stage
 
-    def stage(self: Any, name: str, work: Callable[[], None]) -> None:
+    def stage(self: Any, name: str, run: Callable[[], None]) -> None:
         with FlopCounterMode(display=False, custom_mapping=_uncounted()) as counter:
-            run(self, name, work)
+            plain(self, name, run)
         found[name] = counter.get_total_flops() // 2
 
     _Conversion._stage = stage
     try:
         convert(model, data=data, recipe=recipe)
     finally:
-        _Conversion._stage = run
+        _Conversion._stage = plain
     return found
 
 
@@ -236,9 +238,8 @@ def main() -> None:
         return
 
     def table(name: str) -> common.Row:
-        with torch.device("meta"):
-            dense = built(name)
-            model = Model(dense, make_plan(dense, resolve({}).config))
+        dense = built(name).to("meta")
+        model = Model(dense, make_plan(dense, resolve({}).config))
         costs: common.Row = {}
         for processes in PROCESSES:
             recipe = resolve({"batch_size": max(32, processes), "train": {"epochs": 12}})
