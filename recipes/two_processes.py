@@ -1,0 +1,89 @@
+"""Does a conversion on two processes end as it does on one: losses of every phase, budgets, results.
+
+Command:   python recipes/two_processes.py --output runs/two --limit 60
+           python recipes/two_processes.py --output runs/two --limit 60 --by-site --shard
+           python recipes/two_processes.py --smoke            the packaged digits model
+Shows:     DeiT-Tiny, all three phases, one epoch: for each phase the largest difference of a logged loss between one
+           process and two (absolute, and relative to the loss), of a realised budget, and of the KL to the dense model.
+           AdamW makes steps of rounding where a gradient is next to zero, so these grow with the steps; the tests
+           compare without it.
+Data:      `imagenet_mini`, --limit a split.
+Seed:      0.
+Hardware:  CPU, processes of one thread (gloo).
+Time:      not yet run.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import _common as common
+import torch
+
+from acmize import parallel
+from acmize.api import convert
+from acmize.checkpoint import read_json, write_json
+from acmize.phases import distill, finetune, pretrain_gates
+from acmize.recipe import resolve
+
+PHASES: Any = (distill, pretrain_gates, finetune)
+
+
+def worker(args: Any, options: dict[str, Any], out: Path) -> None:
+    """Convert in this process; the main one writes what was logged and measured."""
+    torch.set_num_threads(1)
+    logs: dict[str, list[float]] = {}
+
+    def logging(fit: Any) -> Any:
+        def call(**given: Any) -> Any:
+            history = fit(**given)
+            logs[given["name"].split("-0-of")[0]] = [terms["loss"] for terms in history.logs]
+            return history
+
+        return call
+
+    for phase in PHASES:
+        phase.fit = logging(phase.fit)
+    own = {"distill": {"epochs": 1, "by_site": args.by_site}, "train": {"epochs": 1, "shard": args.shard}}
+    recipe = resolve(options, {"batch_size": 16, "budget": 0.5, "budgets": (0.75, 0.5)}, own)
+    made = convert(common.deit_tiny(args), data=common.photographs(args.smoke), recipe=recipe)
+    if parallel.is_main():
+        rows = [{k: r[k] for k in ("budget", "macs_ratio", "accuracy", "kl")} for r in made.results["results"]]
+        write_json(out, {"logs": logs, "rows": rows, "seconds": made.recipe["seconds"]})
+
+
+def main() -> None:
+    """Run both and print the differences."""
+    parser = common.parser(__doc__ or "", __file__)
+    parser.add_argument("--by-site", action="store_true", help="phase 1 with sites divided")
+    parser.add_argument("--shard", action="store_true", help="phase 3 with weights divided")
+    parser.add_argument("--worker", type=Path, help=common.argparse.SUPPRESS)
+    args = parser.parse_args()
+    options = common.start(args, __file__)
+    if args.worker is not None:
+        worker(args, options, args.worker)
+        return
+    found = {}
+    for count in (1, 2):
+        out = args.output / f"{count}.json"
+        launch = [] if count == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(count)]
+        words = [sys.executable, *launch, __file__, *sys.argv[1:], "--worker", str(out.absolute())]
+        subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+        found[count] = read_json(out)
+    one, two = found[1], found[2]
+    for name, losses in one["logs"].items():
+        pairs = list(zip(losses, two["logs"][name], strict=True))
+        worst = max(abs(a - b) for a, b in pairs)
+        share = max(abs(a - b) / max(abs(a), 1e-9) for a, b in pairs)
+        print(f"{name}: {len(pairs)} logged losses, largest difference {worst:.1e} ({share:.1e} of the loss)")
+    for a, b in zip(one["rows"], two["rows"], strict=True):
+        told = ", ".join(f"{k} {a[k]:.5f} and {b[k]:.5f}" for k in ("macs_ratio", "kl"))
+        print(f"budget {a['budget']:g}: {told}; difference {abs(a['macs_ratio'] - b['macs_ratio']):.1e}")
+
+
+if __name__ == "__main__":
+    main()
