@@ -48,7 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Convert, table."""
     made = parser(__doc__ or "", __file__, budgets=(0.75, 0.5, 0.25))
-    made.add_argument("setting", choices=SETTINGS)
+    made.add_argument("setting", choices=SETTINGS, nargs="?", default="wav2vec2-base")
     made.add_argument("--model", help="folder or repository, in place of the setting's")
     made.add_argument("--data", help="folder or data set, in place of the setting's")
     args = made.parse_args()

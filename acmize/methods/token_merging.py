@@ -141,7 +141,9 @@ class MergeHook:
 
         Gradient checkpointing computes blocks again while a backward runs, the last one first.
         """
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        if torch.compiler.is_compiling():  # what is traced is no tensor to be kept
+            return
+        if torch._C._current_graph_task_id() == -1:
             frames = self.state.frames
             self._entered = self.state.sizes, frames and replace(frames, left=list(frames.left))
         else:
