@@ -155,7 +155,11 @@ def check_weights(model: nn.Module, found: dict[str, tuple[int, ...]], path: Pat
     Raises:
         AcmizeError: they differ, or the model would take much more memory than its file.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    try:
+        state = model.state_dict()
+    except RecursionError:
+        raise AcmizeError(f"{path}: plan.json puts a module into itself; restore the file or convert again") from None
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     wrong = [k for k in expected if k in found and found[k] != expected[k]]
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if wrong or missing or extra:

@@ -142,7 +142,10 @@ def wrong_json(text: bytes, draw: random.Random) -> bytes:
     value = json.loads(text)
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         value = changed(value, draw)
-    return spelled(value, draw)
+    try:
+        return spelled(value, draw)
+    except ValueError:  # a value was put into itself
+        return damaged(text, draw)
 
 
 def wrong_tensors(data: bytes, draw: random.Random) -> bytes:
@@ -210,7 +213,7 @@ class Checkpoints:
         if draw.random() < 0.1:
             model_card(model)
             render(content(model))
-            size = model.base["pretrained_cfg"]["input_size"]
+            size = model.base["pretrained_cfg"].get("input_size", ())
             if list(size) == [3, 16, 16]:
                 with torch.no_grad():
                     model(torch.zeros(1, *size))
