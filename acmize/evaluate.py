@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from acmize import parallel
 from acmize.cost import evaluating
 from acmize.evaluate_speech import SpeechReference, evaluate_speech_at, reference_speech
-from acmize.gates import Choose, choosing, record
+from acmize.gates import Choose, SiteTally, choosing, record
 from acmize.inputs import logits_of
 from acmize.methods.token_merging import schedule_of
 from acmize.phases.calibrate import Calibration, missed, set_budget
@@ -94,24 +94,19 @@ class Answers:
 def answers(model: nn.Module, plan: Plan, batches: Iterable[Batch], choose: Choose | None = None) -> Answers:
     """Run a converted model over (inputs, labels) batches; `choose` in place of its gates, where given."""
     logits, executed, chosen, start = [], [], [], time.perf_counter()
-    load: dict[str, list[Tensor]] = {}
-    choices: dict[str, Tensor] = {}
-    rest = plan.macs_rest(schedule_of(model))
+    rest, sites = plan.macs_rest(schedule_of(model)), SiteTally()
     with evaluating(model), choosing(model, choose):
         for inputs, _ in batches:
             with record(model, len(inputs)) as seen:
                 logits.append(logits_of(model(inputs)).float().cpu())
             executed.append((rest + seen.executed().double().cpu()) / plan.macs_dense)
             chosen.append((rest + seen.chosen().double().cpu()) / plan.macs_dense)
-            for name, parts in seen.macs.items():
-                load.setdefault(name, []).append((parts[-1] / seen.most[name]).double().cpu())
-                choices[name] = choices.get(name, 0) + seen.choices[name].cpu()
+            sites.add(seen)
     return Answers(
         logits=parallel.gather(torch.cat(logits)),
         executed=parallel.gather(torch.cat(executed)),
         chosen=parallel.gather(torch.cat(chosen)),
-        load={name: parallel.gather(torch.cat(parts)) for name, parts in load.items()},
-        choices={name: parallel.total(counts) for name, counts in choices.items()},
+        **sites.gathered(),
         seconds=time.perf_counter() - start,
     )
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from acmize import parallel
 from acmize.audio import Utterance
 from acmize.cost import evaluating
-from acmize.gates import Choose, Recorder, choosing, record
+from acmize.gates import Choose, Recorder, SiteTally, choosing, record
 from acmize.inputs import Inputs, counted, forward
 from acmize.merge_pairs import held_together
 from acmize.methods.token_merging import schedule_of, tracing
@@ -138,9 +138,7 @@ def answers_speech(
     start, texts, scores, macs, whole, chosen = time.perf_counter(), [], [], [], [], []
     shares: list[Tensor] = []
     silent: list[Tensor] = []
-    load: dict[str, list[Tensor]] = {}
-    choices: dict[str, Tensor] = {}
-    listener, schedule = batches.listener, schedule_of(model)
+    listener, schedule, sites = batches.listener, schedule_of(model), SiteTally()
     with evaluating(model), choosing(model, choose):
         for inputs, utterances in batches:
             with record(model, len(inputs)) as seen, tracing(model) as trace:
@@ -149,9 +147,7 @@ def answers_speech(
             macs.append(spent)
             whole.append(dense_macs)
             chosen.append(plan.account(seen.chosen().double().cpu(), seen.tokens, schedule)[0])
-            for name, parts in seen.macs.items():
-                load.setdefault(name, []).append((parts[-1] / seen.most[name]).double().cpu())
-                choices[name] = choices.get(name, 0) + seen.choices[name].cpu()
+            sites.add(seen)
             for i, (u, logp) in enumerate(zip(utterances, _each(output.logits, inputs), strict=True)):
                 shares.append(mean_choices(seen, plan, i, trace))
                 silent.append(silent_frames(u.wave, len(shares[-1])))
@@ -170,8 +166,7 @@ def answers_speech(
         scores=parallel.gather(torch.stack(scores)),
         shares=list(parallel.gather(torch.cat(shares)).split(frames)),
         silent=list(parallel.gather(torch.cat(silent).byte()).bool().split(frames)),
-        load={name: parallel.gather(torch.cat(parts)) for name, parts in load.items()},
-        choices={name: parallel.total(counts) for name, counts in choices.items()},
+        **sites.gathered(),
         seconds=time.perf_counter() - start,
     )
 

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acmize import ops
+from acmize import ops, parallel
 from acmize.errors import AcmizeError
 from acmize.padding import Padding
 
@@ -453,6 +453,32 @@ class Recorder:
     def differentiable(self) -> Tensor:
         """(samples,) the same through `keep`: hard value, soft gradient."""
         return self._total(self.expected)
+
+
+@dataclass
+class SiteTally:
+    """What sites did over the batches of a set, each recorded by itself.
+
+    Attributes:
+        load: entry -> shares of its learners that were chosen, weighted by their MACs, a tensor a batch.
+        choices: entry -> histogram (N + 1,) of choices.
+    """
+
+    load: dict[str, list[Tensor]] = field(default_factory=dict)
+    choices: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, seen: Recorder) -> None:
+        """One batch, as it was recorded."""
+        for name, parts in seen.macs.items():
+            self.load.setdefault(name, []).append((parts[-1] / seen.most[name]).double().cpu())
+            self.choices[name] = self.choices.get(name, 0) + seen.choices[name].cpu()
+
+    def gathered(self) -> dict[str, dict[str, Tensor]]:
+        """`load`, (samples,) an entry, and `choices`, of all processes."""
+        return {
+            "load": {name: parallel.gather(torch.cat(parts)) for name, parts in self.load.items()},
+            "choices": {name: parallel.total(counts) for name, counts in self.choices.items()},
+        }
 
 
 @contextmanager

@@ -97,21 +97,25 @@ def test_what_phases_found_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.
     assert made.results["findings"] == whole.results["findings"]
 
 
-def test_other_options_model_or_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    from acmize.api import convert
-    from acmize.models import load_model
-    from acmize.quickstart_model import digits_dataset
+def killed_at_the_end(work: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The work folder of a conversion without phases that was killed before its evaluation."""
 
     def killed(*_args: Any, **_options: Any) -> None:
         raise Killed
 
-    work = tmp_path / "work"
     with monkeypatch.context() as patch:
         patch.setattr("acmize.api._Conversion._evaluate", killed)
         with pytest.raises(Killed):
             converted({"phases": []}, work=work)
+    return work
+
+
+def test_other_options_model_or_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from acmize.api import convert
+    from acmize.models import load_model
+    from acmize.quickstart_model import digits_dataset
+
+    work = killed_at_the_end(tmp_path / "work", monkeypatch)
     before = {p.name: p.read_bytes() for p in work.rglob("*") if p.is_file()}
     with pytest.raises(AcmizeError, match=r"other recipe .*leave --resume out"):
         converted({"phases": [], "seed": 1}, work=work, resume=True)
@@ -130,14 +134,7 @@ def test_other_options_model_or_data_are_refused(tmp_path: Path, monkeypatch: py
 
 
 def test_a_damaged_stage_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(*_args: Any, **_options: Any) -> None:
-        raise Killed
-
-    work = tmp_path / "work"
-    with monkeypatch.context() as patch:
-        patch.setattr("acmize.api._Conversion._evaluate", killed)
-        with pytest.raises(Killed):
-            converted({"phases": []}, work=work)
+    work = killed_at_the_end(tmp_path / "work", monkeypatch)
     (work / "init.safetensors").write_bytes(b"damaged")
     again, whole = converted({"phases": []}, work=work, resume=True), converted({"phases": []})
     for name, tensor in whole.state_dict().items():

@@ -137,8 +137,7 @@ def make_plan(
     merging = None
     if merge not in ("none", 0):
         if isinstance(blocks, Blocks):
-            merging = _merging(model, blocks, entries, macs, merge, inputs)
-            merging = replace(merging, lengths=lengths) if lengths is not None else merging
+            merging = _merging(model, blocks, entries, macs, merge, inputs, lengths)
         elif merge == "auto":
             refused.append(Refusal(fqn="blocks", reason=blocks))
         else:
@@ -201,7 +200,13 @@ def _length_macs(model: Any, scope: str, layer: str) -> tuple[float, float, floa
 
 
 def _merging(
-    model: nn.Module, where: Blocks, entries: tuple[PlanEntry, ...], macs: int, merge: str | int, inputs: Any
+    model: nn.Module,
+    where: Blocks,
+    entries: tuple[PlanEntry, ...],
+    macs: int,
+    merge: str | int,
+    inputs: Any,
+    lengths: tuple[float, float, float] | None,
 ) -> Merging:
     if isinstance(merge, str) and merge != "auto":
         raise AcmizeError(f"merge: found {merge!r}, expected auto, none, or a number of pairs")
@@ -227,10 +232,11 @@ def _merging(
         path=where.path,
         neighbours=where.neighbours,
         **(_FRAMES if where.neighbours else {}),
+        lengths=lengths or Merging.lengths,
     )
-    return (
-        merging if entries else replace(merging, slope=1.0, start=1.0, bend=(0.0, 1.0))
-    )  # nothing else saves the rest
+    if entries:
+        return merging
+    return replace(merging, slope=1.0, start=1.0, bend=(0.0, 1.0))  # nothing else saves the rest
 
 
 def _complete(

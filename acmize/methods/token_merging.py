@@ -21,10 +21,9 @@ Shapes: B samples, T tokens, D width, P prefix tokens (class, registers; never m
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,8 +31,6 @@ from torch import Tensor, nn
 
 from acmize.merge_pairs import fold, merge, neighbours, places
 from acmize.padding import Padding, class_path
-
-Stretch = Callable[[int, tuple[int, ...]], tuple[int, ...]]
 
 # --- hooks ----------------------------------------------------------------------------------------------------
 
@@ -90,7 +87,7 @@ class Frames:
         left: tokens of each recording now.
         pairs: of each recording, how many are merged before each block.
         holder: (B, T) the token that holds each frame of the first block; None before the first merge.
-        at: (B, T') where in time each token is, in frames, likewise.
+        at: (B, T') where in time each token is, in frames, likewise; None where nothing turns by it.
     """
 
     counts: list[int]
@@ -161,14 +158,14 @@ class FrameMergeHook(MergeHook):
         state: shared by the hooks of a model.
         hooks: of the model so far; this one is added. The `recorder` of the first block is told how many frames there
             are.
-        stretch: (frames, schedule) -> pairs before each block for a recording of so many frames.
+        merging: of the plan (`Merging`), which stretches a schedule to the length of a recording.
         encoder: whose `padding` tells its modules which tokens are real, and whose `rotary_emb` turns them, if it has
             them.
     """
 
-    def __init__(self, state: MergeState, hooks: list[FrameMergeHook], stretch: Stretch, encoder: Any) -> None:
+    def __init__(self, state: MergeState, hooks: list[FrameMergeHook], merging: Any, encoder: Any) -> None:
         super().__init__(state, 0, 0, first=not hooks)
-        self.index, self.hooks, self.stretch = len(hooks), hooks, stretch
+        self.index, self.hooks, self.merging = len(hooks), hooks, merging
         hooks.append(self)
         self.padding: Padding | None = getattr(encoder, "padding", None)
         self.rotary = getattr(encoder, "rotary_emb", None)
@@ -188,7 +185,7 @@ class FrameMergeHook(MergeHook):
         if state.trace is not None:
             every = torch.arange(max(frames.counts), device=x.device).expand(len(x), -1)
             state.trace.append(every if frames.holder is None else frames.holder)
-        if state.sizes is None or frames.at is None:
+        if state.sizes is None:
             return args, kwargs
         if self.rotary is not None:
             kwargs = {**kwargs, "position_embeddings": self.rotary(x, position_ids=frames.at)}
@@ -205,7 +202,7 @@ class FrameMergeHook(MergeHook):
     def _begin(self, x: Tensor, mask: Tensor | None) -> None:
         counts = [x.shape[1]] * len(x) if mask is None else _real(x, mask).sum(1).tolist()
         schedule = tuple(int(hook.r) for hook in self.hooks)
-        pairs = [self.stretch(count, schedule) for count in counts]
+        pairs = [self.merging.at(count, schedule)[1] for count in counts]
         self.state.sizes, self.state.frames = None, Frames(counts, list(counts), pairs)
 
     def _merged(self, x: Tensor, sizes: Tensor) -> Tensor:
@@ -213,8 +210,9 @@ class FrameMergeHook(MergeHook):
         r = [pairs[self.index] for pairs in frames.pairs]
         holder = neighbours(x, sizes, torch.tensor(r, device=x.device))
         frames.left = [left - gone for left, gone in zip(frames.left, r, strict=True)]
-        at = torch.arange(x.shape[1], device=x.device).expand(len(x), -1) if frames.at is None else frames.at
-        frames.at = fold(at[..., None].to(sizes), sizes, holder, max(frames.left))[0][..., 0]
+        if self.rotary is not None:
+            at = torch.arange(x.shape[1], device=x.device).expand(len(x), -1) if frames.at is None else frames.at
+            frames.at = fold(at[..., None].to(sizes), sizes, holder, max(frames.left))[0][..., 0]
         x, self.state.sizes = fold(x, sizes, holder, max(frames.left))
         frames.holder = holder if frames.holder is None else holder.gather(1, frames.holder)
         if self.padding is not None and min(frames.left) < max(frames.left):
@@ -327,16 +325,12 @@ def install_merging(model: Any, merging: Any = None) -> None:
         if not found.neighbours:
             block.register_forward_pre_hook(MergeHook(state, 0, found.prefix, i == 0), with_kwargs=True)
             continue
-        hook = FrameMergeHook(state, frame_hooks, partial(_pairs_at, merging), encoder)
+        hook = FrameMergeHook(state, frame_hooks, merging, encoder)
         block.register_forward_pre_hook(hook, with_kwargs=True)
         if block is blocks[0]:
             block.recorder = None
         if block is blocks[-1]:
             block.register_forward_hook(hook.restore)
-
-
-def _pairs_at(merging: Any, frames: int, schedule: tuple[int, ...]) -> tuple[int, ...]:
-    return merging.at(frames, schedule)[1]
 
 
 def set_schedule(model: Any, schedule: Sequence[int]) -> None:
