@@ -472,8 +472,9 @@ def bench_ops(
 
     Returns:
         {"device", "threads", "dtype", "ops"}. An op has op, tokens, learners, macs_ratio, latency_ms, dense_latency_ms
-        (with "form": "linear" layers, or the primitive at "full" width where that is faster) and efficiency: dense
-        median * macs_ratio / sparse median, 1 where every MAC left out is time saved.
+        (with "form": "linear" layers, or the primitive at "full" width where that is faster), efficiency: dense
+        median * macs_ratio / sparse median, 1 where every MAC left out is time saved, and efficiency_linear: the same
+        with the median of PyTorch's linear layers.
     """
     setting, shape = setting or Setting(), shape or OpShape()
     generator, rows = setting.generator(), []
@@ -505,8 +506,9 @@ def _bench_op(op: _Op, tokens: int, dim: int, setting: Setting, generator: torch
     times = {name: percentiles(spent) for name, spent in seconds.items()}
     form = min(("linear", "full"), key=lambda name: times[name]["p50"])
     ratio, dense, sparse = statistics.fmean(shares[WARMUP:]), times[form], times["sparse"]
+    over = {name: times[name]["p50"] * ratio / sparse["p50"] for name in (form, "linear")}
     told = {"macs_ratio": ratio, "latency_ms": sparse, "dense_latency_ms": {**dense, "form": form}}
-    return {**told, "efficiency": dense["p50"] * ratio / sparse["p50"]}
+    return {**told, "efficiency": over[form], "efficiency_linear": over["linear"]}
 
 
 def _mlp_op(shape: OpShape, learners: int, setting: Setting, generator: torch.Generator) -> _Op:

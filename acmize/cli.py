@@ -407,13 +407,15 @@ def print_bench(found: dict[str, Any]) -> None:
             line = f"{fit['intercept']:.2f} + {fit['slope']:.2f} x MACs ratio"
             out.print(f"batch of {fit['batch_size']}: milliseconds = {line}, r2 {fit['r2']:.3f}", highlight=False)
     if found.get("ops"):
-        table = table_of("primitive", "tokens", "learners", "MACs ratio", "p50 ms", "dense ms", "form", "efficiency")
+        columns = ("primitive", "tokens", "learners", "MACs ratio", "p50 ms", "dense ms", "form", "efficiency", "linear")
+        table = table_of(*columns)
         for r in found["ops"]:
             cells = [f"{r['macs_ratio']:.3f}", f"{r['latency_ms']['p50']:.2f}", f"{r['dense_latency_ms']['p50']:.2f}"]
-            cells += [r["dense_latency_ms"]["form"], f"{r['efficiency']:.2f}"]
+            cells += [r["dense_latency_ms"]["form"], f"{r['efficiency']:.2f}", f"{r['efficiency_linear']:.2f}"]
             table.add_row(r["op"], str(r["tokens"]), str(r["learners"]), *cells)
         out.print(table)
         out.print("efficiency: dense time x MACs ratio / time; 1 where every MAC left out is time saved")
+        out.print("linear: the same beside PyTorch's linear layers, where another form of the dense layer is faster")
     out.print(f"{found['device']}, {found['threads']} threads, {found['dtype']}", highlight=False)
 
 

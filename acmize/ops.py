@@ -196,6 +196,7 @@ def _mlp(
 
 
 OVERHEAD_MACS = 2_000_000  # what a product more costs beside its MACs (calls, slices, adding), in MACs: about 20 us
+HEADS_OVERHEAD = 4  # times that, where slices of several heads are copied together for it
 ONEDNN_MACS = 1_000_000  # a product from which on oneDNN's own preparations are small beside it
 FEW = 1 << 17  # numbers up to which one product with a mask is faster than zeroing learner by learner
 
@@ -237,20 +238,22 @@ def sort_tokens(choice_MG: Tensor, num_learners: int) -> list[Order]:
     return [Order(*parts) for parts in zip(index_GM, inverse_GM, choice_GM, counts, strict=True)]
 
 
-def plan_runs(counts: Sequence[int], bounds: Sequence[int], unit_macs: int) -> list[Run]:
+def plan_runs(counts: Sequence[int], bounds: Sequence[int], unit_macs: int, heads: int = 1) -> list[Run]:
     """The products that run: learners are joined where tokens computed in vain cost less than a product more.
 
     Args:
         counts: tokens that run each learner, falling.
         bounds: cumulative widths.
-        unit_macs: MACs of one unit (of all heads) for one token.
+        unit_macs: MACs of one unit of one head for one token.
+        heads: H; the slices of several heads are copied together first, which makes a product dearer.
     """
+    unit_macs, overhead = unit_macs * heads, OVERHEAD_MACS * (1 if heads == 1 else HEADS_OVERHEAD)
     out: list[Run] = []
     for n, count in enumerate(counts):
         if not count:
             break
         wasted = (out[-1].count - count) * (bounds[n + 1] - bounds[n]) * unit_macs if out else 0
-        if out and wasted <= OVERHEAD_MACS:
+        if out and wasted <= overhead:
             out[-1] = out[-1]._replace(hi=bounds[n + 1])
         else:
             out.append(Run(count, bounds[n], bounds[n + 1]))
@@ -277,7 +280,7 @@ def expand_sorted(
     h = x.new_zeros(len(x), heads, weight.shape[0] // heads)
     w = weight.unflatten(0, (heads, -1))
     b = None if bias is None else bias.unflatten(0, (heads, -1))
-    for run in plan_runs(order.counts, bounds, heads * weight.shape[1]):
+    for run in plan_runs(order.counts, bounds, weight.shape[1], heads):
         part_w = w[:, run.lo : run.hi].flatten(0, 1)
         part_b = None if b is None else b[:, run.lo : run.hi].flatten()
         part = gemm(x[: _rows(run.count, x, part_w)], part_w, part_b)[: run.count]
@@ -296,7 +299,7 @@ def contract_sorted(
     w = weight.T.unflatten(0, (heads, -1))
     h = h_MU.index_select(0, order.index).unflatten(-1, (heads, -1))
     cut_(h, order, bounds)
-    for run in plan_runs(order.counts, bounds, heads * weight.shape[0]):
+    for run in plan_runs(order.counts, bounds, weight.shape[0], heads):
         part_w = w[:, run.lo : run.hi].flatten(0, 1).T
         part = h[: _rows(run.count, h, part_w), :, run.lo : run.hi].flatten(1)
         y[: run.count] += gemm(part, part_w)[: run.count]
@@ -331,20 +334,20 @@ def _hidden(x: Tensor, ups: Sequence[Up], act: Act) -> Tensor:
 def cut_(h: Tensor, order: Order, bounds: Sequence[int], first: int = 0) -> None:
     """Zero what tokens do not run, in place: h (tokens, H, units) in sorted order, its units from `first` on."""
     tokens, last = len(h), first + h.shape[-1]
-    if h.numel() <= FEW:
-        mask = _runs_unit(tuple(bounds), h.dtype, h.device)[:, first:last]
+    cut = [n for n, count in enumerate(order.counts) if first <= bounds[n] < last and count < tokens]
+    if cut and h.numel() <= FEW:
+        mask = _runs_unit(tuple(bounds), first, last, h.dtype, h.device)
         h *= mask.index_select(0, order.choice[:tokens]).unsqueeze(1)
         return
-    for n, count in enumerate(order.counts):
-        if first <= bounds[n] < last and count < tokens:
-            h[count:, :, bounds[n] - first : bounds[n + 1] - first] = 0
+    for n in cut:
+        h[order.counts[n] :, :, bounds[n] - first : bounds[n + 1] - first] = 0
 
 
 @lru_cache(maxsize=256)
-def _runs_unit(bounds: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(N + 1, U): one where a choice runs a unit, else zero."""
+def _runs_unit(bounds: tuple[int, ...], first: int, last: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(N + 1, last - first): one where a choice runs a unit, else zero."""
     with torch.inference_mode(False):
-        units = torch.arange(bounds[-1], device=device)
+        units = torch.arange(first, last, device=device)
         return (units < torch.tensor(bounds, device=device)[:, None]).to(dtype)
 
 

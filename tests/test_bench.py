@@ -279,6 +279,7 @@ def test_the_faster_dense_form_of_a_primitive_counts(clock: Clock) -> None:
         row = bench._bench_op(op, 50, 4, Setting(repeats=3), torch.Generator().manual_seed(0))
         assert row["dense_latency_ms"]["form"] == form
         assert row["efficiency"] == pytest.approx(min(linear, 6.0) * row["macs_ratio"] / 2.0)
+        assert row["efficiency_linear"] == pytest.approx(linear * row["macs_ratio"] / 2.0)
 
 
 @pytest.mark.parametrize("make", [bench._mlp_op, bench._projections_op])

@@ -116,18 +116,20 @@ def test_all_choices_is_each_choice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("unit_macs", "runs"),
+    ("unit_macs", "heads", "runs"),
     [
-        (2_000_000, [(3, 0, 2), (2, 2, 6)]),  # learners of the same tokens are one product
-        (1_000_000, [(3, 0, 6)]),  # one token computed in vain for two units costs less than another product
-        (1_000_001, [(3, 0, 2), (2, 2, 6)]),
+        (2_000_000, 1, [(3, 0, 2), (2, 2, 6)]),  # learners of the same tokens are one product
+        (1_000_000, 1, [(3, 0, 6)]),  # one token computed in vain for two units costs less than another product
+        (1_000_001, 1, [(3, 0, 2), (2, 2, 6)]),
+        (2_000_000, 2, [(3, 0, 6)]),  # a product of several heads' slices costs more
+        (2_000_001, 2, [(3, 0, 2), (2, 2, 6)]),
     ],
 )
-def test_learners_are_joined_where_it_pays(unit_macs: int, runs: list[tuple[int, int, int]]) -> None:
+def test_learners_are_joined_where_it_pays(unit_macs: int, heads: int, runs: list[tuple[int, int, int]]) -> None:
     (order,) = ops.sort_tokens(torch.tensor([[3], [3], [1]]), 4)
     assert order.counts == [3, 2, 2, 0]
     assert order.choice.tolist() == [3, 3, 1]
-    assert ops.plan_runs(order.counts, (0, 2, 4, 6, 8), unit_macs) == [ops.Run(*run) for run in runs]
+    assert ops.plan_runs(order.counts, (0, 2, 4, 6, 8), unit_macs, heads) == [ops.Run(*run) for run in runs]
 
 
 @pytest.mark.parametrize("overhead", [0, 10**9], ids=["a product each", "one product"])
