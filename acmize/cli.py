@@ -407,8 +407,7 @@ def print_bench(found: dict[str, Any]) -> None:
             line = f"{fit['intercept']:.2f} + {fit['slope']:.2f} x MACs ratio"
             out.print(f"batch of {fit['batch_size']}: milliseconds = {line}, r2 {fit['r2']:.3f}", highlight=False)
     if found.get("ops"):
-        columns = ("primitive", "tokens", "learners", "MACs ratio", "p50 ms", "dense ms", "form", "efficiency", "linear")
-        table = table_of(*columns)
+        table = table_of("primitive", "tokens", "learners", "MACs", "ms", "dense ms", "form", "efficiency", "linear")
         for r in found["ops"]:
             cells = [f"{r['macs_ratio']:.3f}", f"{r['latency_ms']['p50']:.2f}", f"{r['dense_latency_ms']['p50']:.2f}"]
             cells += [r["dense_latency_ms"]["form"], f"{r['efficiency']:.2f}", f"{r['efficiency_linear']:.2f}"]
