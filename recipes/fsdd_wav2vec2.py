@@ -73,15 +73,15 @@ def _dense(folder: Path, data: str, seed: int, limit: int | None, epochs: int) -
     return load_model(str(folder))
 
 
-def untrained(folder: Path, seed: int, config: dict[str, Any] = MODEL) -> Any:
-    """A random model and its processor, whose vocabulary is written into `folder`."""
+def untrained(folder: Path, seed: int, config: dict[str, Any] = MODEL, rate: int = 8000) -> Any:
+    """A random model and its processor for `rate` samples a second, whose vocabulary is written into `folder`."""
     torch.manual_seed(seed)
     model: Any = tf.Wav2Vec2ForCTC(tf.Wav2Vec2Config(**config)).eval()
-    model.processor = _processor(folder)
+    model.processor = _processor(folder, rate)
     return model
 
 
-def _processor(folder: Path) -> Processor:
+def _processor(folder: Path, rate: int) -> Processor:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({"<pad>": 0, "<unk>": 1}))
     names = {
@@ -93,7 +93,7 @@ def _processor(folder: Path) -> Processor:
     }
     tokenizer = tf.Wav2Vec2CTCTokenizer(str(folder / "vocab.json"), **names)
     tokenizer.add_tokens(list(WORDS))  # numbered behind those two and the space
-    return Processor(tf.Wav2Vec2FeatureExtractor(sampling_rate=8000, return_attention_mask=True), tokenizer)
+    return Processor(tf.Wav2Vec2FeatureExtractor(sampling_rate=rate, return_attention_mask=True), tokenizer)
 
 
 def _varied(utterance: Utterance, draw: torch.Generator) -> Utterance:
