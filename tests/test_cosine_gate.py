@@ -24,6 +24,7 @@ from acmize.gates import AdaptiveModule, Gate, choosing, full_width, gates_of, r
 from acmize.hosts import find_sites, make_plan
 from acmize.hub import from_pretrained
 from acmize.insert import convert_
+from acmize.methods import cosine_gate
 from acmize.methods.cosine_gate import ANNEAL, CosineGate, CosineGateConfig
 from acmize.phases._loop import FitConfig
 from acmize.phases.calibrate import Calibration
@@ -292,3 +293,23 @@ def test_a_preset_belongs_to_its_method() -> None:
 def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(AcmizeError, match=message):
         resolve(options)
+
+
+@pytest.mark.parametrize("most", [4, 8, 32])
+@torch.no_grad()
+def test_however_many_run_and_however_they_are_cut(resnet: Any, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cosine_gate, "CHUNK", (most + 3) * 4 * 64 * 8 * 8)
+    model, _ = adapted(resnet)
+    module: Any = model.layer3[1]
+    x, sizes = torch.rand(32, 64, 8, 8), []
+    ran, skipped = module.block(x), module.skipped(x)
+    assert (ran - skipped).abs().amax((1, 2, 3)).min() > 1e-3
+    module.block.register_forward_pre_hook(lambda _m, args: sizes.append(len(args[0])))
+    for count in (0, 1, 2, 5, 29, 30, 31, 32):
+        runs, before = torch.randperm(32) < count, x.clone()
+        sizes.clear()
+        found = cosine_gate._gathered(module, x, runs)
+        torch.testing.assert_close(found, torch.where(runs[:, None, None, None], ran, skipped), rtol=1e-4, atol=1e-5)
+        assert torch.equal(x, before), "the input belongs to somebody else"
+        assert count <= sum(sizes) <= count + 3, "what runs in vain is less than four samples"
+        assert max(sizes, default=0) <= most

@@ -37,6 +37,9 @@ from acmize import ops, parallel
 from acmize.gates import AdaptiveModule, DamageGate, Decision, Gate, GateSpec
 from acmize.registry import Keep, Method, Refused, register
 
+CHUNK = 2 << 20  # bytes of activations that a block takes at once
+ROWS = 4  # a block runs fewer samples than so many, or multiples of it
+IN_VAIN = 16  # one sample in so many may run a block in vain: moving the others costs as much
 ANNEAL = 0.4  # share of phase 3 over which the true CIR gives way to the predicted one
 
 
@@ -77,6 +80,7 @@ class BlockGate(DamageGate):
 
     act = staticmethod(F.relu)
     _folded: tuple[Any, tuple[Tensor, ...]] | None = None
+    _sources: list[dict[str, Any]] | None = None
 
     def runs(self, x: Tensor) -> Tensor:
         """X (B, D) -> (B,) bool, what `forward` decides in fewer operations: a block of one sample is small."""
@@ -92,8 +96,10 @@ class BlockGate(DamageGate):
 
         Kept until a parameter or the dial changes.
         """
-        sources = (*self.parameters(), self.dial, self.price)
-        key = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in sources)
+        if self._sources is None:  # where modules keep their tensors: looking there is faster than asking them
+            self._sources = [m._parameters for m in self.modules()] + [self._buffers]
+        tensors = [t for source in self._sources for t in source.values() if t is not None]
+        key = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
         if self._folded is None or self._folded[0] != key:
             weight, bias = self.head()
             threshold = (self.price * self.cost[0, -1]).log() - bias[0]
@@ -247,18 +253,28 @@ class SkippableBlock(AdaptiveModule):
 
 @ops.eager
 def _gathered(module: SkippableBlock, x: Tensor, runs: Tensor) -> Tensor:
-    """Run the block on the samples (B,) that keep it, and on nothing else."""
+    """Run the block on the samples (B,) that keep it, some at a time, and on nothing else."""
     if len(x) == 1:
         return module.block(x) if runs else module.skipped(x)
-    rows, rest = runs.nonzero().flatten(), runs.logical_not().nonzero().flatten()
-    if not len(rest):
-        return module.block(x)
-    if not len(rows):
-        return module.skipped(x)
-    y = module.block(x[rows])
-    out = y.new_empty(len(x), *y.shape[1:])
-    out.index_copy_(0, rows, y)
-    return out.index_copy_(0, rest, module.skipped(x[rest], owned=True).to(y.dtype))
+    rows, rest, size = runs.nonzero().flatten(), runs.logical_not().nonzero().flatten(), at_once(x)
+    if len(rest) * IN_VAIN <= len(x):
+        y = module.block(x) if len(x) <= size else torch.cat([module.block(part) for part in x.split(size)])
+        return y.index_copy_(0, rest, module.skipped(x[rest], owned=True).to(y.dtype)) if len(rest) else y
+    out = module.skipped(x.clone(), owned=True)
+    for some in rows.split(size) if len(rows) else ():
+        y = module.block(x.index_select(0, _rounded(some)))[: len(some)]
+        out = out.to(y.dtype).index_copy_(0, some, y)
+    return out
+
+
+def at_once(x: Tensor) -> int:
+    """Samples of x (B, ...) that a block runs at once: larger results than `CHUNK` are fresh pages each time."""
+    return max(ROWS, CHUNK // (x[0].numel() * x.element_size()) // ROWS * ROWS)
+
+
+def _rounded(rows: Tensor) -> Tensor:
+    """Rows (R,) with the last one repeated, so that sizes are few: oneDNN compiles a kernel for every new shape."""
+    return rows if len(rows) < ROWS else torch.cat([rows, rows[-1:].expand(-len(rows) % ROWS)])
 
 
 @torch.no_grad()
