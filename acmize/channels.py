@@ -19,6 +19,7 @@ BCHW, or channels last where the layers are linear.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -29,26 +30,24 @@ from acmize import ops
 from acmize.cut import Between, Bounds, CutLayer, pooled, without_norm
 from acmize.gates import AdaptiveModule, Decision, Gate
 from acmize.importance import order_units
+from acmize.samples import run_rows
 
 
 @ops.eager
-def by_choice(x: Tensor, choice: Tensor, run: Callable[[Tensor, int], Tensor]) -> Tensor:
+def by_choice(x: Tensor, choice: Tensor, run: Callable[..., Tensor]) -> Tensor:
     """Run samples of one choice together: x (B, ...), choice (B,) -> (B, ...) in the original order.
 
     Args:
         x: inputs.
         choice: of each sample; read back to the host once.
-        run: (some of x, their choice) -> outputs of one shape a sample, whatever the choice.
+        run: (some of x, `choice`, theirs) -> outputs of one shape a sample, whatever the choice.
     """
     groups = grouped(choice)
     if len(groups) == 1:
-        return run(x, groups[0][0])
+        return run(x, choice=groups[0][0])
     out: Tensor | None = None
     for k, index in groups:
-        y = run(x.index_select(0, index), k)
-        if out is None:
-            out = y.new_empty(len(x), *y.shape[1:])
-        out.index_copy_(0, index, y)
+        out = run_rows(partial(run, choice=k), x, index, out)
     assert out is not None
     return out
 

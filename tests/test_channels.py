@@ -148,9 +148,9 @@ def test_training_differentiates_every_parameter() -> None:
 def test_by_choice_calls_once_for_each_choice() -> None:
     called: list[tuple[int, int]] = []
 
-    def run(x: torch.Tensor, k: int) -> torch.Tensor:
-        called.append((k, len(x)))
-        return x * k
+    def run(x: torch.Tensor, choice: int) -> torch.Tensor:
+        called.append((choice, len(x)))
+        return x * choice
 
     x, choice = torch.randn(5, 3), torch.tensor([2, 0, 2, 1, 0])
     torch.testing.assert_close(by_choice(x, choice, run), x * choice[:, None])

@@ -16,7 +16,7 @@ from tiny_cnn import BLOCKS, noisy
 from torch import Tensor, nn
 
 import acmize
-from acmize import AcmizeError, Plan, Site
+from acmize import AcmizeError, Plan, Site, samples
 from acmize.controls import by_name, static_width
 from acmize.cost import count_macs
 from acmize.damage import collect_damage
@@ -298,7 +298,7 @@ def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("most", [4, 8, 32])
 @torch.no_grad()
 def test_however_many_run_and_however_they_are_cut(resnet: Any, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cosine_gate, "CHUNK", (most + 3) * 4 * 64 * 8 * 8)
+    monkeypatch.setattr(samples, "CHUNK", (most + 3) * 4 * 64 * 8 * 8)
     model, _ = adapted(resnet)
     module: Any = model.layer3[1]
     x, sizes = torch.rand(32, 64, 8, 8), []

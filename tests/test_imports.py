@@ -21,7 +21,8 @@ ORDER = (
     ("registry",),
     ("kernels",),
     ("inputs", "padding"),
-    ("ops", "cost", "cut", "importance", "merge_pairs"),  # cost counts the work of any module and knows nothing of ours
+    # cost counts the work of any module and knows nothing of ours
+    ("ops", "cost", "cut", "importance", "merge_pairs", "samples"),
     ("gates",),
     ("layers",),
     ("adaptive", "channels", "branches"),

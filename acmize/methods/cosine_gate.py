@@ -36,9 +36,8 @@ from torch import Tensor, nn
 from acmize import ops, parallel
 from acmize.gates import AdaptiveModule, DamageGate, Decision, Gate, GateSpec
 from acmize.registry import Keep, Method, Refused, register
+from acmize.samples import at_once, run_rows
 
-CHUNK = 2 << 20  # bytes of activations that a block takes at once
-ROWS = 4  # a block runs fewer samples than so many, or multiples of it
 IN_VAIN = 16  # one sample in so many may run a block in vain: moving the others costs as much
 ANNEAL = 0.4  # share of phase 3 over which the true CIR gives way to the predicted one
 
@@ -260,21 +259,9 @@ def _gathered(module: SkippableBlock, x: Tensor, runs: Tensor) -> Tensor:
     if len(rest) * IN_VAIN <= len(x):
         y = module.block(x) if len(x) <= size else torch.cat([module.block(part) for part in x.split(size)])
         return y.index_copy_(0, rest, module.skipped(x[rest], owned=True).to(y.dtype)) if len(rest) else y
-    out = module.skipped(x.clone(), owned=True)
-    for some in rows.split(size) if len(rows) else ():
-        y = module.block(x.index_select(0, _rounded(some)))[: len(some)]
-        out = out.to(y.dtype).index_copy_(0, some, y)
+    out = run_rows(module.block, x, rows, module.skipped(x.clone(), owned=True))
+    assert out is not None
     return out
-
-
-def at_once(x: Tensor) -> int:
-    """Samples of x (B, ...) that a block runs at once: larger results than `CHUNK` are fresh pages each time."""
-    return max(ROWS, CHUNK // (x[0].numel() * x.element_size()) // ROWS * ROWS)
-
-
-def _rounded(rows: Tensor) -> Tensor:
-    """Rows (R,) with the last one repeated, so that sizes are few: oneDNN compiles a kernel for every new shape."""
-    return rows if len(rows) < ROWS else torch.cat([rows, rows[-1:].expand(-len(rows) % ROWS)])
 
 
 @torch.no_grad()
