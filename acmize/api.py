@@ -143,7 +143,7 @@ class _Conversion:
         self.calibration: Calibration | None = None
         # Where gradients reach every choice of every token, memory is that of the activations, many times over.
         self.small_batch = min(
-            20 if plan.macs_dense < 8e9 else max(2, round(1.4e11 / plan.macs_dense)), recipe.batch_size
+            20 if plan.macs_dense < 8e9 else max(1, round(1.4e11 / plan.macs_dense)), recipe.batch_size
         )
         self._check_labels()
         few = min(len(self.images.fit), len(self.images.held))
@@ -362,6 +362,7 @@ class _Conversion:
             data = collect_damage(
                 self.model, self.dense, batches, choose=None if number else full_width, generator=generator,
                 draws=options.draws, keep_tokens=options.keep_tokens, bf16=self.recipe.mixed_precision == "bf16",
+                keep_bf16=self.plan.macs_dense > 1e11,
             )  # fmt: skip
             fit_damage_gates(
                 data, steps=options.steps, lr=options.lr or 3e-3, seed=seed + number, fresh=number == 0,

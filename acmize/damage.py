@@ -15,8 +15,10 @@ Shapes: B samples, M tokens, D input width, G groups of a gate, N learners.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +65,7 @@ class GateData:
 
 @dataclass
 class _Rows:
+    dtype: torch.dtype
     x: list[Tensor] = field(default_factory=list)
     damage: list[Tensor] = field(default_factory=list)
     dial: list[Tensor] = field(default_factory=list)
@@ -82,6 +85,7 @@ def collect_damage(
     draws: int = 3,
     keep_tokens: float = 0.5,
     bf16: bool = False,
+    keep_bf16: bool = False,
 ) -> dict[Gate, GateData]:
     """Inputs and damages of every gate.
 
@@ -94,11 +98,12 @@ def collect_damage(
         draws: classes drawn a sample, a backward pass each.
         keep_tokens: share of tokens kept, to bound memory; at least one a sample.
         bf16: both models under autocast: a damage spans orders of magnitude, its rounding is far below that.
+        keep_bf16: hold the inputs in half of the memory.
 
     Returns:
-        gate -> its inputs and damages, on the CPU in float32.
+        gate -> its inputs and damages, on the CPU; damages in float32, inputs too or in bfloat16.
     """
-    rows: dict[Gate, _Rows] = {}
+    rows: dict[Gate, _Rows] = defaultdict(partial(_Rows, torch.bfloat16 if keep_bf16 else torch.float32))
     training = model.training
     frozen = [p for p in model.parameters() if p.requires_grad]
     model.eval()
@@ -160,8 +165,8 @@ def _one_batch(
     for (module, x, damage), (before, everything) in zip(found, places, strict=True):
         count = max(1, round(min(max(keep_tokens, samples / everything), 1.0) * everything))
         pick, own = parallel.places(torch.randperm(everything, generator=generator)[:count], before, len(x))
-        into, pick = rows.setdefault(module.gate, _Rows()), pick.to(x.device)
-        into.x.append(x[pick].float().cpu())
+        into, pick = rows[module.gate], pick.to(x.device)
+        into.x.append(x[pick].to(into.dtype).cpu())
         into.damage.append(damage[pick].float().cpu())
         into.dial.append(module.gate.dial.float().cpu().expand(len(pick), 1))
         into.own.append(own)

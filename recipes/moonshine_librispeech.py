@@ -32,7 +32,7 @@ from acmize.recipe import resolve
 VARIANTS: dict[str, dict[str, Any]] = {
     "label-free": {"phases": ()},
     "widths": {"phases": (), "merge": "none"},
-    "trained": {"train": {"epochs": 5, "lr": 1e-4}, "losses": {"task": 0.0}},
+    "trained": {"train": {"epochs": 6, "lr": 3e-5, "accumulate": 4}, "losses": {"task": 0.0, "budgets": (0.5, 0.95)}},
 }
 TINY: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 1,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from acmize.damage import collect_damage
 from acmize.gates import Decision, Gate, choosing, full_width, gates_of
+from acmize.phases.pretrain_gates import fit_damage_gates
 
 
 def collect(model: Any, dense: Any, x: Tensor, **kwargs: Any) -> dict[Gate, Any]:
@@ -181,3 +182,21 @@ def test_bf16_says_nearly_the_same() -> None:
         assert b.dtype == torch.float32
         assert not torch.equal(a, b)
         assert torch.corrcoef(torch.stack([a.flatten().sqrt(), b.flatten().sqrt()]))[0, 1] > 0.99
+
+
+def test_inputs_are_held_in_half_of_the_memory_and_fitted_alike() -> None:
+    dense: Any = vit()
+    found = {}
+    for half in (False, True):
+        model: Any = adapted(dense)[0]
+        data = collect(model, dense, images(8, seed=4), keep_bf16=half)
+        fit_damage_gates(data, steps=30, batch_tokens=64)
+        found[half] = (data, [gate.log_damage(rows.x.float()) for gate, rows in data.items()])
+    (whole, expected), (half, fitted) = found[False], found[True]
+    for a, b in zip(whole.values(), half.values(), strict=True):
+        assert (a.x.dtype, b.x.dtype) == (torch.float32, torch.bfloat16)
+        assert torch.equal(a.damage, b.damage)
+        torch.testing.assert_close(a.x.bfloat16(), b.x)
+    assert max((a - a.mean()).abs().max() for a in expected) > 0.5, "a fit that says the same of every token"
+    for a, b in zip(expected, fitted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.1)

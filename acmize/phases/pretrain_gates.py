@@ -74,7 +74,7 @@ def fit_damage_gates(
         for gate, rows, mean, std in items:
             i = rows.draw(batch_tokens, pick)
             device = gate.fc1.weight.device
-            x = (rows.x[i] - mean) / std  # of these rows only: all inputs of all gates are gigabytes
+            x = (rows.x[i].float() - mean) / std  # of these rows only: all inputs of all gates are gigabytes
             prediction = gate.log_damage(x.to(device), rows.dial[i].to(device))
             share = len(i) / min(batch_tokens, len(rows))
             found = gamma_deviance(prediction, rows.damage[i].to(device)) if len(i) else prediction.sum()
@@ -99,10 +99,11 @@ def _seeds(seed: int, steps: int) -> Any:
 
 def _moments(rows: GateData) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (D,) of a gate's inputs, over the rows of all processes."""
+    x = rows.x.float()
     if rows.place is None:
-        return rows.x.mean(0), rows.x.std(0) + 1e-6
-    mean = parallel.mean(rows.x, (0,))
-    return mean, (parallel.total((rows.x - mean).square().sum(0)) / (len(rows) - 1)).sqrt() + 1e-6
+        return x.mean(0), x.std(0) + 1e-6
+    mean = parallel.mean(x, (0,))
+    return mean, (parallel.total((x - mean).square().sum(0)) / (len(rows) - 1)).sqrt() + 1e-6
 
 
 def _start(gate: DamageGate, damage: Tensor, generator: torch.Generator) -> None:
