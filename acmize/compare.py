@@ -1,6 +1,7 @@
 """`acmize compare`: an adaptive model beside its rivals, in one run on one machine and the same images.
 
     adaptive          the model at each budget
+    masks alone       the same choices by the reference: all the work, then masks, as most published code does it
     token merging     the dense model with as many tokens merged as the budget asks for; it pays for no gates
     static width      the model's own learners, the same share for every token; it is charged for no gates
     dense             the model it was made from, in its fastest form
@@ -19,7 +20,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from acmize.images import Batches, images_to_test
 from acmize.inputs import logits_of
 from acmize.methods.token_merging import install_merging, set_schedule, why_not
 from acmize.models import load_model
+from acmize.ops import use_backend
 
 log = logging.getLogger("acmize")
 
@@ -158,6 +160,14 @@ def _at_budget(
         yield found
     if not plan.entries:
         return
+    masked = _Masked(adaptive)
+    worked = count_macs(masked, example_input(dense)) / plan.macs_dense
+    yield replace(
+        mine,
+        name="masks alone",
+        module=masked,
+        row={**mine.row, "model": "masks alone", "macs_ratio": worked, "latency": []},
+    )
     static = _twin(model)
     set_schedule(static, ())
     spare = gates_share(static, plan)
@@ -167,6 +177,18 @@ def _at_budget(
     found = _gated("static width", static, plan, images, batches, known, budget)
     found.row["macs_ratio"] -= spare  # a width that is always the same needs no gate
     yield found
+
+
+class _Masked(nn.Module):
+    """An adaptive model by the masked reference."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        with use_backend("masked"):
+            return self.model(x)
 
 
 def _twin(model: Any) -> Any:

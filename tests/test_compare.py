@@ -44,7 +44,7 @@ def rows(found: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 def test_all_rivals_at_equal_macs(found: dict[str, Any]) -> None:
     names = [row["model"] for row in found["rows"]]
-    assert names == ["dense", *["adaptive", "token merging", "static width"] * 2, MODEL]
+    assert names == ["dense", *["adaptive", "token merging", "masks alone", "static width"] * 2, MODEL]
     adaptive = rows(found, "adaptive")
     assert [row["budget"] for row in adaptive] == [0.75, 0.6]
     for name in ("token merging", "static width"):
@@ -54,6 +54,12 @@ def test_all_rivals_at_equal_macs(found: dict[str, Any]) -> None:
             assert rival["agreement"] != mine["agreement"] or rival["macs_ratio"] != mine["macs_ratio"]
     assert all([time["batch_size"] for time in row["latency"]] == [1, 2] for row in found["rows"])
     assert all(time["p50"] > 0 for row in found["rows"] for time in row["latency"])
+
+
+def test_masks_alone_answer_alike_and_save_nothing(found: dict[str, Any]) -> None:
+    for mine, masked in zip(rows(found, "adaptive"), rows(found, "masks alone"), strict=True):
+        assert (masked["accuracy"], masked["agreement"]) == (mine["accuracy"], mine["agreement"])
+        assert mine["macs_ratio"] + 0.05 < masked["macs_ratio"] < 1.05
 
 
 def test_the_figures_are_those_of_eval(found: dict[str, Any], model: Any) -> None:
