@@ -4,8 +4,8 @@ Command:   python recipes/fsdd_wav2vec2.py            writes runs/fsdd_wav2vec2
            python recipes/fsdd_wav2vec2.py --mlp-only    only the MLPs, as in arXiv 2312.10193
            python recipes/fsdd_wav2vec2.py --smoke       48 recordings, one epoch: only that it runs
 Data:      2700 training and 300 test recordings of 6 speakers, 8 kHz (takes 0 to 4 of each are the test split).
-Model:     3 convolutions (a frame each 20 ms), 4 pre-norm layers, d = 128, 4 heads, the ten words as CTC labels. The first
-           convolution starts as a bank of windowed sinusoids: 2700 recordings are few to learn a spectrum from.
+Model:     3 convolutions (a frame each 20 ms), 4 pre-norm layers, d = 128, 4 heads, the ten words as CTC labels. The
+           first convolution starts as a bank of windowed sinusoids: 2700 recordings are few to learn a spectrum from.
 Result:    see docs/results.md, "Speech".
 """
 
@@ -38,8 +38,7 @@ MODEL: dict[str, Any] = {
     "conv_dim": (64, 64, 64), "conv_kernel": (160, 4, 4), "conv_stride": (40, 2, 2), "feat_extract_norm": "layer",
     "do_stable_layer_norm": True, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 8, "layerdrop": 0.0,
     "apply_spec_augment": False, "feat_proj_dropout": 0.0, "final_dropout": 0.0, "attention_dropout": 0.0,
-    "activation_dropout": 0.0, "ctc_loss_reduction": "mean",
-    "ctc_zero_infinity": True, "vocab_size": len(WORDS) + 3, "pad_token_id": 0,
+    "activation_dropout": 0.0, "ctc_loss_reduction": "mean", "ctc_zero_infinity": True, "vocab_size": len(WORDS) + 3, "pad_token_id": 0,
 }  # fmt: skip
 EPOCHS, LR, BATCH = 60, 1e-3, 16
 
