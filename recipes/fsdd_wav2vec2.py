@@ -38,7 +38,8 @@ MODEL: dict[str, Any] = {
     "conv_dim": (64, 64, 64), "conv_kernel": (160, 4, 4), "conv_stride": (40, 2, 2), "feat_extract_norm": "layer",
     "do_stable_layer_norm": True, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 8, "layerdrop": 0.0,
     "apply_spec_augment": False, "feat_proj_dropout": 0.0, "final_dropout": 0.0, "attention_dropout": 0.0,
-    "activation_dropout": 0.0, "ctc_loss_reduction": "mean", "ctc_zero_infinity": True, "vocab_size": len(WORDS) + 3, "pad_token_id": 0,
+    "activation_dropout": 0.0, "ctc_loss_reduction": "mean", "ctc_zero_infinity": True, "vocab_size": len(WORDS) + 3,
+    "pad_token_id": 0,
 }  # fmt: skip
 EPOCHS, LR, BATCH = 60, 1e-3, 16
 
