@@ -392,7 +392,8 @@ def print_bench(found: dict[str, Any]) -> None:
         for size in dict.fromkeys(r["batch_size"] for r in found["results"]):
             rows = [r for r in found["results"] if r["batch_size"] == size]
             dense = rows[0]["dense_latency_ms"]
-            cells = [*_milliseconds(dense), "1.00", f"{1e3 * size / dense['p50']:.1f}", "-"]
+            cells = [*_milliseconds(dense), "1.00", f"{1e3 * size / dense['p50']:.1f}"]
+            cells.append(f"{rows[0]['dense_peak_memory_mb']:.1f}")
             table.add_row(str(size), f"dense, {dense['form']}", "1.000", *cells)
             for form, median in rows[0]["dense_forms_ms"].items():
                 if form != dense["form"]:
