@@ -411,12 +411,17 @@ class _Conversion:
             self.measured["interpolated"] = {f"{share:g}": value for share, value in scores.items()}
 
     def _held_out_error(self) -> Callable[[], float]:
-        """Mean error (KL, where no label was trained on) on the held-out images of the model as it then stands."""
+        """Mean error (KL, where no label was trained on) on the held-out images of the model as it then stands.
+
+        At the largest, the middle and the smallest of the budgets that are wanted.
+        """
         held = self._labelled(self.images.held)
         dense = reference(self.dense, held)
+        wanted = sorted({self.recipe.budget, *self.recipe.budgets}, reverse=True)
+        wanted = [wanted[i] for i in sorted({0, len(wanted) // 2, len(wanted) - 1})]
 
         def error() -> float:
-            calibration = self._calibrate((0.9, 0.6, 0.4), 0.02)
+            calibration = self._calibrate(wanted, 0.02)
             found = evaluate(self.model, self.plan, calibration, held, dense, calibration.budgets)
             return mean_error(found["results"], by_labels=self.recipe.losses.task > 0)
 

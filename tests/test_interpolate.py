@@ -9,6 +9,7 @@ import torch
 from short import converted
 from torch import nn
 
+from acmize import api
 from acmize.evaluate import evaluate, mean_error, reference
 from acmize.images import Images
 from acmize.losses import teacher_loss
@@ -82,3 +83,19 @@ def test_training_ruined_by_its_rate_is_left_behind() -> None:
     assert "interpolated" not in ruined.recipe
     at = [[row["kl"] for row in m.results["results"]] for m in (kept, ruined)]
     assert max(at[0]) < min(at[1])
+
+
+def test_the_share_is_chosen_at_budgets_that_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[float]] = []
+    real = api.evaluate
+
+    def evaluate(*args: Any) -> Any:
+        asked.append(list(args[5]))
+        return real(*args)
+
+    monkeypatch.setattr(api, "evaluate", evaluate)
+    converted({"phases": ["finetune"], "budget": 0.7, "budgets": (0.9, 0.8, 0.65, 0.6)})
+    *scores, last = asked
+    assert len(scores) == 5
+    assert all(budgets == [0.9, 0.7, 0.6] for budgets in scores)
+    assert last == [0.9, 0.8, 0.7, 0.65, 0.6]
