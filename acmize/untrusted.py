@@ -68,8 +68,8 @@ def no_more_parameters(tensors: int) -> Iterator[None]:
         left -= 1
         if left < 0:
             raise AcmizeError(
-                f"config.json: the model it asks for has far more parameters than the {tensors} tensors of "
-                "model.safetensors; restore the files or convert again"
+                f"config.json: the model it asks for has far more parameters than the {tensors} tensors that are "
+                "there; restore the files or convert again"
             )
 
     handle = register_module_parameter_registration_hook(count)
