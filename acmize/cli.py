@@ -179,7 +179,7 @@ def convert(
     epochs: Annotated[int | None, typer.Option(help="epochs of finetune")] = None,
     limit: Annotated[int | None, typer.Option(help="samples a split at most")] = None,
     streaming: Annotated[
-        bool, typer.Option("--streaming", help="read images as they come: tar shards, the Hub")
+        bool, typer.Option("--streaming", help="read samples as they come: tar shards, the Hub")
     ] = False,
     max_corrupt: Annotated[int | None, typer.Option(help="samples that cannot be read and are left out")] = None,
     fit_batch: Annotated[int | None, typer.Option(help="leave dense what does not pay here in such batches")] = None,
