@@ -12,7 +12,7 @@ from torch import nn
 from acmize import hf_models
 from acmize.checkpoint import read_json
 from acmize.errors import AcmizeError
-from acmize.untrusted import check_sizes, sketched
+from acmize.untrusted import MAX_TENSORS, check_sizes, no_more_parameters, sketched
 from acmize.weights import WEIGHTS, Weights, lean, weights_in
 
 
@@ -102,7 +102,8 @@ def architecture(name: str) -> nn.Module:
         name, built, overlay = _folder(Path(name))
     _known(name)
     try:
-        return timm.create_model(name, pretrained=False, pretrained_cfg_overlay=overlay or None, **built).eval()
+        with no_more_parameters(MAX_TENSORS):
+            return timm.create_model(name, pretrained=False, pretrained_cfg_overlay=overlay or None, **built).eval()
     except (Exception, MemoryError) as error:  # any kind: the arguments come from a file
         raise AcmizeError(
             f"model {name}: cannot be built as its config.json says ({_line(error)}); restore it"

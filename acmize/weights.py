@@ -99,12 +99,14 @@ class Weights:
         if not path.name.endswith(".index.json"):
             shapes = shapes_of(path)
             return cls(path, dict.fromkeys(shapes, path), shapes)
-        files, shapes = read_index(path), {}
-        for file in sorted(set(files.values())):
-            found, told = shapes_of(file), {name for name, place in files.items() if place == file}
+        files, shapes = {}, {}
+        for name, told in read_index(path).items():
+            file = path.parent / name
+            found = shapes_of(file)
             if wrong := sorted(found.keys() ^ told):
                 lack = f"lacks {wrong[0]!r}" if wrong[0] in told else f"holds {wrong[0]!r} as well"
-                raise AcmizeError(f"{path}: {file.name} {lack[:300]}; restore the files or save the model again")
+                raise AcmizeError(f"{path}: {name} {lack[:300]}; restore the files or save the model again")
+            files |= dict.fromkeys(found, file)
             shapes |= found
         return cls(path, files, shapes)
 
@@ -118,8 +120,8 @@ class Weights:
         return {name: Stored(reader, file, name) for name, file in self.files.items()}
 
 
-def read_index(path: Path) -> dict[str, Path]:
-    """Tensor -> file, of a `model.safetensors.index.json`; whatever else it says, such as sizes, decides nothing.
+def read_index(path: Path) -> dict[str, set[str]]:
+    """File -> its tensors, of a `model.safetensors.index.json`; what else it says, such as sizes, decides nothing.
 
     Raises:
         AcmizeError: it is damaged, or names what is no safetensors file in its own folder.
@@ -128,15 +130,17 @@ def read_index(path: Path) -> dict[str, Path]:
     told = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(told, dict) or not told or not all(isinstance(name, str) for name in told.values()):
         raise AcmizeError(f"{path}: found no weight_map of names, expected tensors and their files; restore the file")
-    names = set(told.values())
-    if len(names) > MAX_SHARDS:
-        raise AcmizeError(f"{path}: names {len(names)} files, expected {MAX_SHARDS} at most; save the model again")
-    for name in sorted(names):
+    files: dict[str, set[str]] = {name: set() for name in sorted(set(told.values()))}
+    for tensor, name in told.items():
+        files[name].add(tensor)
+    if len(files) > MAX_SHARDS:
+        raise AcmizeError(f"{path}: names {len(files)} files, expected {MAX_SHARDS} at most; save the model again")
+    for name in files:
         if not re.fullmatch(r"\w[\w.-]{0,200}\.safetensors", name, re.ASCII):  # nothing that leads out of the folder
             raise AcmizeError(f"{path}: names {name[:200]!r}, expected a .safetensors file beside it; restore the file")
         if not (path.parent / name).is_file():
             raise AcmizeError(f"{path}: {name} is missing; copy or download all files of the model")
-    return {tensor: path.parent / name for tensor, name in told.items()}
+    return files
 
 
 # --- reading --------------------------------------------------------------------------------------------------
@@ -206,7 +210,7 @@ def unset() -> Iterator[None]:
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta and prefix + name in state:
                 made = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
-                made.__dict__.update(parameter.__dict__)
+                vars(made).update(vars(parameter))
                 module._parameters[name] = real.setdefault(id(parameter), (parameter, made))[1]
 
     def away(module: nn.Module, _name: str, parameter: Any) -> nn.Parameter | None:
