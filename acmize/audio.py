@@ -192,7 +192,7 @@ def open_audio(path: str | Path | datasets.DatasetDict, *, limit: int | None = N
     return AudioSplits(train=limited(train, limit, seed, 0), test=limited(test, limit, seed, 1), name=name)
 
 
-def stream_audio(path: Any) -> tuple[Any, Any, str, Any]:
+def stream_audio(path: Any) -> tuple[Any, Any, str]:
     """Open recordings as streams of undecoded rows.
 
     Args:
@@ -200,7 +200,7 @@ def stream_audio(path: Any) -> tuple[Any, Any, str, Any]:
             `IterableDatasetDict`.
 
     Returns:
-        The train and the test stream (or None each), what to call the data, and the features of the rows of train.
+        The train and the test stream (or None each), and what to call the data.
 
     Raises:
         AcmizeError: nothing there, no audio in it.
@@ -210,18 +210,15 @@ def stream_audio(path: Any) -> tuple[Any, Any, str, Any]:
     splits, name = _load(path, streaming=True)
     by_name = {str(key).lower(): data for key, data in splits.items()}
     found = [by_name.get("train"), next((by_name[key] for key in TEST_NAMES if key in by_name), None)]
-    features: Any = None
     for place, stream in enumerate(found):
         if stream is None:
             continue
         if stream.features is None:
             raise AcmizeError(f"data {name!r}: found columns of unknown types, expected audio; cast them to features")
-        column = _audio_column(stream, name)
         # Not Audio(decode=False), which wants torchcodec, and so FFmpeg, even to hand files through.
         stored = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
-        found[place] = stream.cast_column(column, stored)
-        features = features or datasets.Features({**stream.features, column: stored})
-    return found[0], found[1], name, features
+        found[place] = stream.cast_column(_audio_column(stream, name), stored)
+    return found[0], found[1], name
 
 
 def buckets(

@@ -121,20 +121,18 @@ def open_image_stream(data: Any, recipe: Recipe) -> tuple[ImageSplits, Head]:
     splits = image_splits(*load_splits(data, streaming=True))
     column = splits.image_column
     raw = [s and s.cast_column(column, datasets.Image(decode=False)) for s in (splits.train, splits.test)]
-    fitted = max(recipe.moments, recipe.gates.images, recipe.batch_size)
-    head = _head(raw[0], raw[1], splits.name, recipe, fitted, IMAGES, getattr(splits.train, "features", None))
+    head = _head(raw[0], raw[1], splits.name, recipe, IMAGES)
     return dataclasses.replace(splits, train=head.fit, test=head.test), head
 
 
 def open_audio_stream(data: Any, recipe: Recipe) -> tuple[AudioSplits, Head]:
     """Open recordings as a stream, as `open_image_stream` does it."""
-    train, test, name, features = stream_audio(data)
-    fitted = max(recipe.moments, recipe.gates.images, recipe.batch_size)
-    head = _head(train, test, name, recipe, fitted, RECORDINGS, features)
+    train, test, name = stream_audio(data)
+    head = _head(train, test, name, recipe, RECORDINGS)
     return AudioSplits(train=head.fit, test=head.test, name=name), head
 
 
-def _head(train: Any, test: Any, name: str, recipe: Recipe, fitted: int, most: tuple[int, int], features: Any) -> Head:
+def _head(train: Any, test: Any, name: str, recipe: Recipe, most: tuple[int, int]) -> Head:
     """What is kept of streams of undecoded rows.
 
     Args:
@@ -142,9 +140,7 @@ def _head(train: Any, test: Any, name: str, recipe: Recipe, fitted: int, most: t
         test: stream to test on, or None.
         name: of the data.
         recipe: of the conversion.
-        fitted: rows to fit on.
         most: rows held out and to test on, at most.
-        features: of the rows.
     """
     import datasets
 
@@ -153,6 +149,7 @@ def _head(train: Any, test: Any, name: str, recipe: Recipe, fitted: int, most: t
     count = _count(train, name, recipe.limit)
     every = max(2, round(1 / recipe.holdout))
     wanted = max(1, min(most[0], count // every))
+    fitted = max(recipe.moments, recipe.gates.images, recipe.batch_size)
     held, fit = [], []
     for place, row in enumerate(islice(safely(train, name), count)):
         if place % every == every - 1 and len(held) < wanted:
@@ -163,17 +160,17 @@ def _head(train: Any, test: Any, name: str, recipe: Recipe, fitted: int, most: t
             break
     if not held or not fit:
         raise AcmizeError(f"data {name}: found {len(held) + len(fit)} samples, expected {every} at least; give more")
-    tested = None if test is None else list(islice(safely(test, name), recipe.limit or most[1]))
+    tested = None if test is None else list(islice(safely(test, name), min(recipe.limit or most[1], most[1])))
     counts = len(fit), len(held), len(tested or ())
     log.info("streaming %s: %d samples kept to fit on, %d held out, %d to test on", name, *counts)
 
-    def kept(rows: list[dict[str, Any]]) -> Any:
-        return datasets.Dataset.from_list(rows, features=features)
+    def kept(rows: list[dict[str, Any]], stream: Any) -> Any:
+        return datasets.Dataset.from_list(rows, features=stream.features)
 
     return Head(
-        fit=kept(fit),
-        held=kept(held),
-        test=None if tested is None else kept(tested),
+        fit=kept(fit, train),
+        held=kept(held, train),
+        test=None if tested is None else kept(tested, test),
         rows=Rows(train, name, count, every, len(held)),
     )
 

@@ -236,7 +236,11 @@ def test_a_folder_of_recordings_and_the_command(
         (tmp_path / "plain" / split).mkdir(parents=True)
         for number in range(count):
             (tmp_path / "plain" / split / f"{number:05}.flac").write_bytes(tone(number))
+    table = "\n".join(["file_name,transcription", *(f"{number:05}.flac,{text(number)}" for number in range(4))])
+    (tmp_path / "plain" / "test" / "metadata.csv").write_text(table)
     heard = Speech(str(tmp_path / "plain"), load_model(str(saved)), resolve(OPTIONS, {"limit": 20}))
+    assert not heard.has_labels
+    assert [u.text for u in heard.test] == [text(number) for number in range(4)]  # columns that train has not
     assert sorted(i for batch in drawn(heard.augmented, 0) for i in batch) == list(range(20 - len(heard.held)))
     words = ["convert", saved, "--data", tmp_path / "plain", "--streaming", "--phases", "none", "-o", tmp_path / "out"]
     assert command(monkeypatch, *words) == 2
