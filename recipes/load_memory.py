@@ -77,7 +77,7 @@ def measured(kind: str, folder: Path, first: Path, package: Path) -> tuple[int, 
 
 def main() -> None:
     """The command line."""
-    parser = common.parser(__doc__, __file__)
+    parser = common.parser(__doc__ or "", __file__)
     parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--against", type=Path, help="root of another checkout, for models in one file")
     args = parser.parse_args()

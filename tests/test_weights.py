@@ -437,7 +437,7 @@ def same_when_loaded(
 
 
 PROBE = """
-import sys
+import gc, sys
 from pathlib import Path
 import torch
 from acmize import from_pretrained
@@ -446,7 +446,9 @@ from acmize.environment import peak_bytes
 from acmize.models import load_model
 torch.set_num_threads(1)
 for folder in sys.argv[1:]:
-    model, before = None, _fresh_peak()
+    model = None
+    gc.collect()
+    before = _fresh_peak()
     model = load_model(folder) if Path(folder).name.startswith("dense") else from_pretrained(folder)
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     print(size, (peak_bytes() - before) / size)
