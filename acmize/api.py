@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from acmize import parallel
 from acmize.audio import open_audio
 from acmize.batches import mixup
-from acmize.checkpoint import load_tensors, read_json, save_tensors, write_json
+from acmize.checkpoint import read_json, save_tensors, write_json
 from acmize.compensate import compensate_
 from acmize.damage import collect_damage
 from acmize.diagnose import Finding, check_gates, check_sites
@@ -50,6 +50,7 @@ from acmize.plan import Plan, Refusal
 from acmize.recipe import Recipe, resolve
 from acmize.site_times import site_times
 from acmize.speech import Listener, Speech, Spoken
+from acmize.weights import Weights
 
 log = logging.getLogger("acmize")
 
@@ -267,7 +268,7 @@ class _Conversion:
         Raises:
             AcmizeError: one of its files is damaged; nothing has been changed.
         """
-        tensors, kept = load_tensors(done), read_json(told)
+        tensors, kept = Weights.open(done).tensors(), read_json(told)
         if name == "distill" and (done.parent / "dense.json").exists():
             self._replan(**read_json(done.parent / "dense.json"))
         self.model.load_state_dict(tensors)

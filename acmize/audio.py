@@ -29,7 +29,8 @@ _AUDIO_NAMES = ("audio", "speech", "file")
 _SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3", ".aiff")
 RATES = (1_000, 768_000)  # Hz that a recording can have
 MAX_SAMPLES = 1 << 26  # 70 minutes at 16 kHz, as stored, channels counted, and at the model's rate; 268 MB
-_TEXT_NAMES = ("transcription", "transcript", "text", "sentence", "normalized_text")
+POOL = 16  # batches whose recordings are sorted by length together
+_TEXT_NAMES = ("transcription", "transcript", "text", "sentence", "normalized_text", "txt")  # the last: of webdataset
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,14 @@ class AudioSet:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Utterance:
-        row = self._rows[index]
+        return self.utterance(self._rows[index], index)
+
+    def utterance(self, row: dict[str, Any], index: int) -> Utterance:
+        """A recording from a row with this set's columns.
+
+        Raises:
+            UnreadableSample: it is damaged.
+        """
         wave = decode_audio(row[self._audio], f"recording {index} of {self.name}", self.rate)
         text = row.get(self._text) if self._text else None
         return Utterance(torch.from_numpy(wave), text, (self.name, index))
@@ -97,7 +105,11 @@ class AudioSet:
 
     def seconds(self) -> list[float]:
         """Length of every recording, from the files' headers; 0 of those that have none."""
-        return [_seconds(row[self._audio]) for row in self._rows]
+        return [self.length_of(row) for row in self._rows]
+
+    def length_of(self, row: dict[str, Any]) -> float:
+        """Seconds of a row's recording, from the file's header; 0 where it has none."""
+        return _seconds(row[self._audio])
 
 
 class JoinedAudio:
@@ -180,31 +192,64 @@ def open_audio(path: str | Path | datasets.DatasetDict, *, limit: int | None = N
     return AudioSplits(train=limited(train, limit, seed, 0), test=limited(test, limit, seed, 1), name=name)
 
 
-def buckets(seconds: Sequence[float], size: int, *, seed: int | None = None, epoch: int = 0) -> list[list[int]]:
-    """Indices in batches of similar length: sorted within pools of 16 batches.
+def stream_audio(path: Any) -> tuple[Any, Any, str]:
+    """Open recordings as streams of undecoded rows.
+
+    Args:
+        path: local folder (tar shards, parquet files, an audio folder), id on the Hub, or a loaded
+            `IterableDatasetDict`.
+
+    Returns:
+        The train and the test stream (or None each), and what to call the data.
+
+    Raises:
+        AcmizeError: nothing there, no audio in it.
+    """
+    import datasets
+
+    splits, name = _load(path, streaming=True)
+    by_name = {str(key).lower(): data for key, data in splits.items()}
+    found = [by_name.get("train"), next((by_name[key] for key in TEST_NAMES if key in by_name), None)]
+    for place, stream in enumerate(found):
+        if stream is None:
+            continue
+        if stream.features is None:
+            raise AcmizeError(f"data {name!r}: found columns of unknown types, expected audio; cast them to features")
+        # Not Audio(decode=False), which wants torchcodec, and so FFmpeg, even to hand files through.
+        stored = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+        found[place] = stream.cast_column(_audio_column(stream, name), stored)
+    return found[0], found[1], name
+
+
+def buckets(
+    seconds: Sequence[float], size: int, *, seed: int | None = None, epoch: int = 0, window: int | None = None
+) -> list[list[int]]:
+    """Indices in batches of similar length: sorted within pools of `POOL` batches.
 
     Args:
         seconds: length of every recording.
         size: recordings in a batch at most.
         seed: of the order of pools and batches; None: stored order.
         epoch: another one each time.
+        window: number of the window of a stream that the recordings are; None: they are all.
     """
     order = np.arange(len(seconds))
+    numbers = (epoch,) if window is None else (epoch, window)
     if seed is not None:
-        order = numpy_generator(Stream.ORDER, seed, epoch).permutation(len(seconds))
+        order = numpy_generator(Stream.ORDER, seed, *numbers).permutation(len(seconds))
     batches = []
-    for start in range(0, len(order), 16 * size):
-        pool = order[start : start + 16 * size]
+    for start in range(0, len(order), POOL * size):
+        pool = order[start : start + POOL * size]
         if size > 1:
             pool = pool[np.argsort([seconds[i] for i in pool], kind="stable")]
         batches += [pool[i : i + size].tolist() for i in range(0, len(pool), size)]
     if seed is not None and size > 1:
-        shuffled = numpy_generator(Stream.ORDER, seed, epoch, 1).permutation(len(batches))
+        shuffled = numpy_generator(Stream.ORDER, seed, *numbers, 1).permutation(len(batches))
         batches = [batches[i] for i in shuffled]
     return batches
 
 
-def _load(path: Any) -> tuple[Any, str]:
+def _load(path: Any, streaming: bool = False) -> tuple[Any, str]:
     """Splits by name, and a name for the data.
 
     A folder of recordings is read here, one split after another: `datasets` wants torchcodec, and so FFmpeg, to open
@@ -212,10 +257,13 @@ def _load(path: Any) -> tuple[Any, str]:
     """
     folder = Path(path).expanduser() if isinstance(path, str | Path) and str(path) else None
     if folder is None or not folder.is_dir() or not any(_recordings(folder)):
-        return load_splits(path)
+        return load_splits(path, streaming=streaming)
     names = [n for n in ("train", *TEST_NAMES) if (folder / n).is_dir()]
     parts = {n: folder / n for n in names} or {"train": folder}
-    return {n: _folder_split(part) for n, part in parts.items()}, folder.resolve().name
+    splits = {n: _folder_split(part) for n, part in parts.items()}
+    if streaming:
+        splits = {n: data.to_iterable_dataset() for n, data in splits.items()}
+    return splits, folder.resolve().name
 
 
 def _recordings(folder: Path) -> Iterator[Path]:

@@ -30,7 +30,7 @@ app.add_typer(cli_saved.app)
 PROJECTIONS = ("q", "k", "v", "out", "linear")
 
 Model = Annotated[str, typer.Argument(help="timm model, or a folder or USER/NAME of a transformers speech model")]
-Weights = Annotated[Path | None, typer.Option(help="safetensors file with the weights, in place of the Hub")]
+Weights = Annotated[Path | None, typer.Option(help="safetensors file (or index) with the weights, in place of the Hub")]
 Targets = Annotated[list[str] | None, typer.Option("--target-modules", help="globs over sites, or PATH:mlp(fc1,fc2)")]
 Exclude = Annotated[list[str] | None, typer.Option(help="globs of sites that stay dense")]
 Learners = Annotated[int | None, typer.Option(help="learners a site")]
@@ -179,7 +179,7 @@ def convert(
     epochs: Annotated[int | None, typer.Option(help="epochs of finetune")] = None,
     limit: Annotated[int | None, typer.Option(help="samples a split at most")] = None,
     streaming: Annotated[
-        bool, typer.Option("--streaming", help="read images as they come: tar shards, the Hub")
+        bool, typer.Option("--streaming", help="read samples as they come: tar shards, the Hub")
     ] = False,
     max_corrupt: Annotated[int | None, typer.Option(help="samples that cannot be read and are left out")] = None,
     fit_batch: Annotated[int | None, typer.Option(help="leave dense what does not pay here in such batches")] = None,

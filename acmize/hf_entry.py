@@ -24,6 +24,7 @@ from transformers.models.auto import modeling_auto
 from acmize.errors import AcmizeError
 from acmize.hub import MODEL_TYPE, from_pretrained
 from acmize.untrusted import MAX_SIZE
+from acmize.weights import MAX_SHARD_SIZE
 
 SPEECH = {  # Auto class -> the table of its architectures
     "AutoModelForCTC": "MODEL_FOR_CTC_MAPPING_NAMES",
@@ -64,9 +65,11 @@ class AcmizeForImageClassification(PreTrainedModel):
         model = from_pretrained(source, revision=kwargs.get("revision"), token=kwargs.get("token"))
         return cls(config if config is not None else AcmizeConfig(), model).eval()
 
-    def save_pretrained(self, folder: str | Path, **_kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, folder: str | Path, *, max_shard_size: int | str = MAX_SHARD_SIZE, **_kwargs: Any
+    ) -> None:
         """Write the folder that acmize, timm and transformers load."""
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, max_shard_size=max_shard_size)
 
     def set_budget(self, budget: float) -> None:
         """Spend this share of the dense model's MACs."""

@@ -12,6 +12,7 @@ from torch import nn
 from acmize.checkpoint import read_json
 from acmize.errors import AcmizeError
 from acmize.hosts_speech import is_speech
+from acmize.weights import INDEX, read_index, weights_in
 
 # Never taken from a file: what says where code or weights come from.
 DROPPED = ("auto_map", "custom_pipelines", "_name_or_path", "trust_remote_code", "quantization_config")
@@ -55,6 +56,8 @@ def load(name: str | Path) -> nn.Module:
         AcmizeError: not there, not a speech model, no safetensors.
     """
     cls, _ = _known(name)
+    if Path(name).is_dir() and (found := weights_in(Path(name))) is not None and found.name == INDEX:
+        read_index(found)  # transformers would follow it anywhere
     try:
         model: Any = cls.from_pretrained(str(name), dtype=torch.float32, use_safetensors=True).eval()
     except Exception as error:  # many kinds, by what is missing or damaged

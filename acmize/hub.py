@@ -1,8 +1,8 @@
 """Saving, loading and publishing an adaptive model: safetensors and JSON, nothing else.
 
-A folder holds `config.json` (what to build), `model.safetensors`, `plan.json` (what to insert, and the calibration),
-`results.json`, `recipe.json` (the resolved options of the conversion) and a model card. Loading needs neither data nor
-network nor the base weights.
+A folder holds `config.json` (what to build), `model.safetensors` (large models in shards, see `weights`), `plan.json`
+(what to insert, and the calibration), `results.json`, `recipe.json` (the resolved options of the conversion) and a
+model card. Loading needs neither data nor network nor the base weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from acmize import __about__, hf_models
-from acmize.checkpoint import atomic_dir, save_tensors, write_json
+from acmize.checkpoint import atomic_dir, write_json
 from acmize.errors import AcmizeError
 from acmize.gates import record
 from acmize.hosts_speech import is_speech
@@ -28,9 +28,10 @@ from acmize.phases.calibrate import Calibration, set_budget
 from acmize.plan import Plan
 from acmize.results import Results, latency_table, metric_of, results_table
 from acmize.saved import SCHEMA, check_weights, load_state, read_saved
-from acmize.untrusted import shapes_of, sketched
+from acmize.untrusted import sketched
+from acmize.weights import MAX_SHARD_SIZE, OURS, WEIGHTS, Weights, lean, save_weights, weights_in
 
-FILES = ("config.json", "plan.json", "model.safetensors")
+FILES = ("config.json", "plan.json")  # and weights, see `weights`
 ARCHITECTURE, MODEL_TYPE = "acmize_adaptive", "acmize"  # by which timm and transformers know a saved folder
 HERE = "THIS REPOSITORY OR FOLDER"
 
@@ -79,13 +80,23 @@ class Adaptive:
         macs, whole = self.plan.account(seen.executed().double(), seen.tokens, schedule_of(model))
         return output, macs / whole
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the model to a folder (see the module's docstring); an existing one is replaced only when complete."""
-        return save_pretrained(self, folder)
+    def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = MAX_SHARD_SIZE) -> Path:
+        """Write the model to a folder (see the module's docstring); an existing one is replaced only when complete.
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        Weights of more than `max_shard_size` (bytes, or text such as "300MB") go into several files.
+        """
+        return save_pretrained(self, folder, max_shard_size=max_shard_size)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        max_shard_size: int | str = MAX_SHARD_SIZE,
+    ) -> str:
         """Upload to the Hugging Face Hub; returns the commit's address."""
-        return push_to_hub(self, repo_id, private=private, token=token)
+        return push_to_hub(self, repo_id, private=private, token=token, max_shard_size=max_shard_size)
 
 
 def make_adaptive(
@@ -141,7 +152,9 @@ def base_of(model: nn.Module, kwargs: dict[str, Any] | None = None) -> dict[str,
 # --- saving ---------------------------------------------------------------------------------------------------
 
 
-def save_pretrained(model: Any, folder: str | Path, repo_id: str = HERE) -> Path:
+def save_pretrained(
+    model: Any, folder: str | Path, repo_id: str = HERE, *, max_shard_size: int | str = MAX_SHARD_SIZE
+) -> Path:
     """See `Adaptive.save_pretrained`; `repo_id` is what the model card calls the model by."""
     folder = Path(folder)
     check_replaceable(folder)
@@ -152,15 +165,15 @@ def save_pretrained(model: Any, folder: str | Path, repo_id: str = HERE) -> Path
         write_json(new / "plan.json", plan)
         write_json(new / "results.json", model.results)
         write_json(new / "recipe.json", model.recipe)
-        save_tensors(new / "model.safetensors", model.state_dict())
+        save_weights(new, model.state_dict(), max_shard_size)
         (new / "README.md").write_text(model_card(model, repo_id), encoding="utf-8")
         if (processor := getattr(model, "processor", None)) is not None:
             processor.save(new)
         if (generation := getattr(model, "generation_config", None)) is not None:
             generation.save_pretrained(new)
-        kept = {*FILES, "results.json", "recipe.json", "README.md", *(path.name for path in new.iterdir())}
+        kept = {path.name for path in new.iterdir()}
         for other in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if other.name not in kept:
+            if other.name not in kept and not OURS.fullmatch(other.name):
                 copy = shutil.copytree if other.is_dir() else shutil.copy2  # a .git, a report: not ours to throw away
                 copy(other, new / other.name)
     return folder
@@ -189,7 +202,7 @@ def check_replaceable(folder: str | Path) -> None:
         raise AcmizeError(f"output {folder}: is the current folder, which would be replaced; name a new one")
     if folder.exists() and not folder.is_dir():
         raise AcmizeError(f"output {folder}: is a file, expected a folder; choose another name")
-    if folder.is_dir() and any(folder.iterdir()) and not all((folder / name).is_file() for name in FILES):
+    if folder.is_dir() and any(folder.iterdir()) and _lacking(folder) is not None:
         raise AcmizeError(f"output {folder}: exists and is not a saved acmize model; choose another folder")
     parent = next(p for p in folder.parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -254,26 +267,36 @@ def _data_name(model: Any) -> str:
     return given if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", given) and not Path(given).exists() else Path(given).name
 
 
-def push_to_hub(model: Any, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+def push_to_hub(
+    model: Any,
+    repo_id: str,
+    *,
+    private: bool = False,
+    token: str | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> str:
     """See `Adaptive.push_to_hub`.
 
-    All files go into one commit: an upload that is interrupted publishes nothing, and can be repeated.
+    All files go into one commit: an upload that is interrupted publishes nothing, and can be repeated. Weights of an
+    earlier commit that have other names, since they are in more or fewer files, are taken out in the same one.
 
     Raises:
         AcmizeError: no access, no network, a name that the Hub refuses.
     """
     import tempfile
 
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        saved = save_pretrained(model, Path(folder) / "model", repo_id)
+        saved = save_pretrained(model, Path(folder) / "model", repo_id, max_shard_size=max_shard_size)
         files = [CommitOperationAdd(path.name, path) for path in sorted(saved.iterdir())]
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
+            there = {name for name in api.list_repo_files(repo_id) if OURS.fullmatch(name)}
+            stale = [CommitOperationDelete(name) for name in sorted(there - {file.path_in_repo for file in files})]
             # Not upload_folder: it may split a folder into several commits, and stop between two of them.
-            made = api.create_commit(repo_id, files, commit_message=f"acmize {__about__.__version__}")
+            made = api.create_commit(repo_id, [*files, *stale], commit_message=f"acmize {__about__.__version__}")
         except Exception as error:  # any kind: of the client, of its HTTP library, of its threads
             raise AcmizeError(
                 f"{repo_id}: cannot be uploaded ({_first_line(error)}); nothing was published. Check the name, the "
@@ -314,16 +337,19 @@ def from_pretrained(
     """
     folder = _local(source, revision, token)
     saved = read_saved(folder)
-    path = folder / "model.safetensors"
-    shapes = shapes_of(path)
-    dense = model
-    if dense is None:
-        sketch = sketched(lambda: _insert(build_base(saved.base), saved.plan, folder), shapes)
-        check_weights(sketch, shapes, path)  # before any memory is taken
-        dense = build_base(saved.base)
-    _insert(dense, saved.plan, folder)
-    check_weights(dense, shapes, path)
-    load_state(dense, path)
+    weights = Weights.open(weights_in(folder) or folder / WEIGHTS)
+
+    def built() -> nn.Module:
+        return _insert(build_base(saved.base) if model is None else model, saved.plan, folder)
+
+    def loaded() -> nn.Module:
+        return load_state(built(), weights)
+
+    if model is None:
+        check_weights(sketched(built, weights.shapes), weights)  # before any memory is taken
+        dense = lean(loaded)
+    else:
+        dense = loaded()
     made = make_adaptive(dense, saved.plan, saved.calibration, saved.base, saved.results, saved.recipe).eval()
     if saved.base["library"] == "transformers" and model is None:
         hf_models.attach_processor(made, folder)
@@ -383,7 +409,7 @@ def _local(source: str | Path, revision: str | None, token: str | None) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            patterns = ["*.json", "model.safetensors"]
+            patterns = ["*.json", "model*.safetensors"]
             found = snapshot_download(str(source), revision=revision, allow_patterns=patterns, token=token)
         except Exception as error:  # any kind: of the client, of its HTTP library, of its threads
             raise AcmizeError(
@@ -391,10 +417,15 @@ def _local(source: str | Path, revision: str | None, token: str | None) -> Path:
                 "the revision, the network and the token"
             ) from None
         folder = Path(found)
-    for name in FILES:
-        if not (folder / name).is_file():
-            raise AcmizeError(f"{folder}: {name} is missing; expected a folder written by acmize save_pretrained")
+    if (name := _lacking(folder)) is not None:
+        raise AcmizeError(f"{folder}: {name} is missing; expected a folder written by acmize save_pretrained")
     return folder
+
+
+def _lacking(folder: Path) -> str | None:
+    """A file without which a folder is no saved model; None where there are all."""
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    return next(iter(missing), None if weights_in(folder) else WEIGHTS)
 
 
 def _insert(model: nn.Module, plan: Plan, folder: Path) -> nn.Module:

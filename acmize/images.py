@@ -16,7 +16,7 @@ from acmize.data import ImageSet, eval_transform, open_images, split_holdout, tr
 from acmize.errors import AcmizeError
 from acmize.phases.finetune import Task
 from acmize.recipe import Recipe
-from acmize.streaming import StreamedImages, open_stream
+from acmize.streaming import StreamedImages, open_image_stream
 from acmize.unreadable import Unreadable
 
 
@@ -33,8 +33,11 @@ class Images:
     task: Task | None = None
 
     def __init__(self, data: Any, model: nn.Module, recipe: Recipe) -> None:
-        head = open_stream(data, recipe) if recipe.streaming else None
-        splits = open_images(data, limit=recipe.limit, seed=recipe.seed) if head is None else head.splits
+        head = None
+        if recipe.streaming:
+            splits, head = open_image_stream(data, recipe)
+        else:
+            splits = open_images(data, limit=recipe.limit, seed=recipe.seed)
         self.name = splits.name
         splits = checked(splits, model)
         if splits.train is None:

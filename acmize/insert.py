@@ -63,7 +63,9 @@ def convert_(model: nn.Module, plan: Plan) -> nn.Module:
     reference = next(model.parameters())
     for path, module in made.items():
         parent, _, name = path.rpartition(".")
-        module.to(device=reference.device, dtype=reference.dtype)
+        # What is on the meta device was made there, perhaps in part (see `weights.unset`), and stays as it is.
+        unset = any(parameter.is_meta for parameter in (reference, *module.parameters()))
+        module.to(device=None if unset else reference.device, dtype=reference.dtype)
         module.train(model.training)
         setattr(model.get_submodule(parent), name, module)
     padding.install(model, AdaptiveModule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import nn
 from acmize import hf_models
 from acmize.checkpoint import read_json
 from acmize.errors import AcmizeError
-from acmize.untrusted import check_sizes, shapes_of, sketched
+from acmize.untrusted import MAX_TENSORS, check_sizes, no_more_parameters, sketched
+from acmize.weights import WEIGHTS, Weights, lean, weights_in
 
 
 def load_model(name: str, weights: str | Path | None = None, **kwargs: Any) -> nn.Module:
@@ -19,8 +21,9 @@ def load_model(name: str, weights: str | Path | None = None, **kwargs: Any) -> n
 
     Args:
         name: timm architecture, with or without tag, "acmize_vit_digits", or a folder with timm's `config.json` and
-            `model.safetensors`; or, of transformers, a folder or a repository USER/NAME.
-        weights: safetensors file with the weights; without it they come from the Hub (or its cache).
+            `model.safetensors`, or shards; or, of transformers, a folder or a repository USER/NAME.
+        weights: safetensors file with the weights, index of several, or the folder of either; without it they come
+            from the Hub (or its cache).
         kwargs: further arguments of `timm.create_model`, such as `img_size`.
 
     Raises:
@@ -35,30 +38,52 @@ def load_model(name: str, weights: str | Path | None = None, **kwargs: Any) -> n
     overlay: dict[str, Any] = {}
     if Path(name).is_dir():
         folder, (name, built, overlay) = Path(name), _folder(Path(name))
-        kwargs, weights = {**built, **kwargs}, weights or folder / "model.safetensors"
+        kwargs, weights = {**built, **kwargs}, weights or folder
     _known(name)
     if weights is not None:
         if "num_classes" in kwargs:  # timm would drop a head that is not of the published size, without a word
             overlay["num_classes"] = kwargs["num_classes"]
-        path = Path(weights)
-        if path.suffix != ".safetensors":
+        path = _weights_file(Path(weights), name)
+        try:
+            return lean(partial(_loaded, name, path, overlay, kwargs)).eval()
+        except Exception as error:  # kinds of timm, of safetensors, ours
             raise AcmizeError(
-                f"--weights {path}: expected a .safetensors file; pickled weights are never read, convert them"
-            )
-        if not path.is_file():
-            raise AcmizeError(f"--weights {path}: no such file; give a .safetensors file with the weights of {name}")
-        overlay["file"] = str(path)
+                f"--weights {path}: does not fit {name} or is damaged ({_line(error)}); give the weights of {name}"
+            ) from None
     try:
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay or None, **kwargs).eval()
     except Exception as error:
         first = _line(error)
-        if weights is not None:
-            raise AcmizeError(
-                f"--weights {weights}: does not fit {name} or is damaged ({first}); give the weights of {name}"
-            ) from None
         raise AcmizeError(
             f"model {name}: its weights could not be had from the Hub ({first}); give --weights FILE.safetensors"
         ) from None
+
+
+def _weights_file(path: Path, name: str) -> Path:
+    """The safetensors file, or index of several, that a user or a folder means."""
+    found = (weights_in(path) or path / WEIGHTS) if path.is_dir() else path
+    if not found.name.endswith((".safetensors", ".safetensors.index.json")):
+        raise AcmizeError(
+            f"--weights {found}: expected a .safetensors file; pickled weights are never read, convert them"
+        )
+    if not found.is_file():
+        raise AcmizeError(f"--weights {found}: no such file; give a .safetensors file with the weights of {name}")
+    return found
+
+
+def _loaded(name: str, path: Path, overlay: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
+    """A timm model with the weights of a file, through timm's own way of fitting them to it."""
+    import timm
+    from timm.models import clean_state_dict
+
+    tensors = clean_state_dict(Weights.open(path).tensors())
+    if not tensors:
+        raise AcmizeError("no tensors in it")  # timm would look for others
+    model: Any = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay={**overlay, "state_dict": tensors}, **kwargs
+    )
+    del model.pretrained_cfg["state_dict"]
+    return model
 
 
 def architecture(name: str) -> nn.Module:
@@ -77,7 +102,8 @@ def architecture(name: str) -> nn.Module:
         name, built, overlay = _folder(Path(name))
     _known(name)
     try:
-        return timm.create_model(name, pretrained=False, pretrained_cfg_overlay=overlay or None, **built).eval()
+        with no_more_parameters(MAX_TENSORS):
+            return timm.create_model(name, pretrained=False, pretrained_cfg_overlay=overlay or None, **built).eval()
     except (Exception, MemoryError) as error:  # any kind: the arguments come from a file
         raise AcmizeError(
             f"model {name}: cannot be built as its config.json says ({_line(error)}); restore it"
@@ -111,8 +137,8 @@ def _folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
         args.setdefault("num_classes", config["num_classes"])
     cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items() if k in KEPT}
     check_sizes([args, *cfg.values()], f"{folder}/config.json")
-    if (weights := folder / "model.safetensors").is_file():
-        _fitting(name, args, cfg, shapes_of(weights), folder)
+    if (weights := weights_in(folder)) is not None:
+        _fitting(name, args, cfg, Weights.open(weights).shapes, folder)
     return name, args, cfg
 
 

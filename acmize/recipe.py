@@ -137,7 +137,7 @@ class Recipe:
         fit_batch: leave sites dense whose learners do not pay on this device in batches of this size (measured); None:
             convert whatever can be.
         data: where the data came from.
-        streaming: read images as they come (`streaming`), in place of loading the data first.
+        streaming: read images or recordings as they come (`streaming`), in place of loading the data first.
         limit: samples a split at most; of a stream of unknown length, those that an epoch takes.
         holdout: share of the training images kept for calibration.
         moments: images for the statistics of ordering and rotation.

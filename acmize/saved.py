@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from acmize import hf_models
-from acmize.checkpoint import load_tensors, read_json
+from acmize.checkpoint import read_json
 from acmize.errors import AcmizeError
 from acmize.models import SOURCES
 from acmize.phases.calibrate import Calibration
 from acmize.plan import Plan
 from acmize.untrusted import check_sizes
+from acmize.weights import Weights
 
 SCHEMA = 1
 MAX_BUFFERS = 256 << 20  # bytes that a model may take beside the tensors of its file
@@ -149,12 +150,13 @@ def _check_recipe(recipe: dict[str, Any]) -> None:
 # --- weights --------------------------------------------------------------------------------------------------
 
 
-def check_weights(model: nn.Module, found: dict[str, tuple[int, ...]], path: Path) -> None:
-    """Compare names and shapes of a model, perhaps on the meta device, with those of its file.
+def check_weights(model: nn.Module, weights: Weights) -> None:
+    """Compare names and shapes of a model, perhaps on the meta device, with those of its files.
 
     Raises:
-        AcmizeError: they differ, or the model would take much more memory than its file.
+        AcmizeError: they differ, or the model would take much more memory than its files.
     """
+    path, found = weights.path, weights.shapes
     try:
         state = model.state_dict()
     except RecursionError:
@@ -176,19 +178,24 @@ def check_weights(model: nn.Module, found: dict[str, tuple[int, ...]], path: Pat
         )
 
 
-def load_state(model: nn.Module, path: Path) -> None:
-    """Put tensors back whose names and shapes have been compared.
+def load_state(model: nn.Module, weights: Weights) -> nn.Module:
+    """Put tensors back, one after another; the model itself is returned.
 
     Raises:
-        AcmizeError: the file is damaged, or holds anything but real numbers for real weights.
+        AcmizeError: names or shapes differ, a file is damaged, or holds anything but real numbers for real weights.
     """
-    tensors = load_tensors(path)
+    check_weights(model, weights)
+    tensors = weights.tensors()
     for name, value in model.state_dict().items():
-        given: Tensor = tensors[name]
+        given = tensors[name]
         if value.is_floating_point() != given.is_floating_point() or given.is_complex():
             kind = "floats" if value.is_floating_point() else "whole numbers"
-            raise AcmizeError(f"{path}: {name} holds {given.dtype}, expected {kind}; restore the file")
-    model.load_state_dict(tensors)
+            raise AcmizeError(f"{weights.path}: {name} holds {given.dtype}, expected {kind}; restore the file")
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:  # a file that was changed meanwhile
+        raise AcmizeError(f"{weights.path}: cannot be read ({str(error)[:300]}); restore the file") from None
+    return model
 
 
 __all__ = ["SCHEMA", "Saved", "check_weights", "load_state", "read_saved"]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import zip_longest
 from statistics import fmean
 from typing import Any
@@ -30,10 +31,12 @@ from acmize.inputs import Inputs
 from acmize.recipe import Recipe
 from acmize.speech_training import training, transcript_task
 from acmize.splits import split_holdout
+from acmize.streaming import StreamedAudio, open_audio_stream
 from acmize.unreadable import Unreadable
 
 TOKENS_A_SECOND = 6.5  # what Moonshine allows: more is a decoder caught in a loop
 CALIBRATED = 64  # recordings that calibration needs
+SAID = 1 << 17  # transcripts kept at most; the oldest are generated again
 
 
 class Listener:
@@ -138,6 +141,8 @@ class Listener:
 
     def _transcribed(self, tensors: dict[str, Tensor], mask: Tensor | None, i: int, utterance: Utterance) -> Tensor:
         if utterance.key not in self._said:
+            if len(self._said) >= SAID:
+                self._said.pop(next(iter(self._said)))
             name = self.dense.main_input_name
             length = tensors[name].shape[-1] if mask is None else int(mask[i].sum())
             alone = Inputs({name: tensors[name][i : i + 1, ..., :length]})
@@ -177,13 +182,18 @@ class Speech:
     """
 
     def __init__(self, data: Any, model: Any, recipe: Recipe) -> None:
+        head = None
         if recipe.streaming:
-            raise AcmizeError("streaming: found a speech model, expected one of images; leave --streaming out")
-        splits = open_audio(data, limit=recipe.limit, seed=recipe.seed)
+            splits, head = open_audio_stream(data, recipe)
+        else:
+            splits = open_audio(data, limit=recipe.limit, seed=recipe.seed)
         self.name, self.listener = splits.name, Listener(model)
         if splits.train is None:
             raise AcmizeError(f"data {splits.name}: found no train split, expected one to fit on; add train/")
-        fit, held = split_holdout(splits.train, recipe.holdout, recipe.seed)
+        if head is None:
+            fit, held = split_holdout(splits.train, recipe.holdout, recipe.seed)
+        else:
+            fit, held = splits.train, head.held
         rate = self.listener.processor.rate
         self.unreadable = Unreadable(recipe.max_corrupt)
         self.fit = splits.audio(fit, "train", rate, self.unreadable)
@@ -191,7 +201,7 @@ class Speech:
         enough = len(self.held) >= CALIBRATED  # the mean compute of a few recordings is far from that of many
         self.calibration = self.held if enough else JoinedAudio(self.held, self.fit)
         self.test = None if splits.test is None else splits.audio(splits.test, "test", rate, self.unreadable)
-        self.augmented = self.fit
+        self.augmented = self.fit if head is None else StreamedAudio(head.rows, self.fit, self._taught)
         lengths = [seconds for seconds in self.fit.seconds() if seconds > 0]
         if not lengths:
             raise AcmizeError(f"data {splits.name}: found no recording that can be read, expected some; mend the data")
@@ -227,15 +237,19 @@ class Speech:
         whole = getattr(which, "dataset", which)  # of what may be one process's share
         return Spoken(which, self.listener, self.batch_size, writes=whole is self.test or self.test is None)
 
-    def epochs(self, which: AudioSet, seed: int) -> tuple[Callable[[int], Any], int]:
-        """Epoch -> shuffled (inputs, labels) batches, and how many there are; no labels where none are learnt from."""
+    def _taught(self, utterances: list[Utterance]) -> tuple[Inputs, Tensor | None]:
+        """Inputs and labels; no labels where none are learnt from."""
+        return self.listener.taught(utterances) if self._learns else (self.listener.inputs(utterances), None)
+
+    def epochs(self, which: AudioSet | StreamedAudio, seed: int) -> tuple[Callable[[int], Any], int]:
+        """Epoch -> shuffled (inputs, labels) batches, and how many there are."""
+        if isinstance(which, StreamedAudio):
+            return partial(which.batches, self.batch_size, seed=seed), -(-len(which) // self.batch_size)
         seconds = which.seconds()
 
         def of(epoch: int) -> Any:
             drawn = buckets(seconds, self.batch_size, seed=seed, epoch=epoch)
-            batches = (which.some(indices) for indices in drawn)
-            heard = self.listener
-            return (heard.taught(some) if self._learns else (heard.inputs(some), None) for some in batches)
+            return (self._taught(which.some(indices)) for indices in drawn)
 
         return of, len(buckets(seconds, self.batch_size))
 

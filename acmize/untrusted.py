@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from acmize.errors import AcmizeError
 
 MAX_SIZE = 1 << 22  # of any one number that a model is built with
+MAX_TENSORS = 5000  # of a model whose weights are not at hand to be counted
 
 
 def check_sizes(value: Any, what: str) -> None:
@@ -68,8 +69,8 @@ def no_more_parameters(tensors: int) -> Iterator[None]:
         left -= 1
         if left < 0:
             raise AcmizeError(
-                f"config.json: the model it asks for has far more parameters than the {tensors} tensors of "
-                "model.safetensors; restore the files or convert again"
+                f"config.json: the model it asks for has far more parameters than {tensors} tensors can fill; "
+                "restore the files or convert again"
             )
 
     handle = register_module_parameter_registration_hook(count)

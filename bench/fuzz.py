@@ -168,9 +168,12 @@ class Checkpoints:
         import torch
 
         from acmize.checkpoint import save_training_state
+        from acmize.hub import from_pretrained
 
         self.model, self.dense, self.state = folder / "model", folder / "dense", folder / "state"
+        self.shards = folder / "shards"
         shutil.copytree(CORPUS / "schema1", self.model)
+        from_pretrained(self.model).save_pretrained(self.shards, max_shard_size="10KB")
         config = json.loads((self.model / "config.json").read_text())["base"]
         self.dense.mkdir()
         dense = {"architecture": config["architecture"], "model_args": config["kwargs"], "num_classes": 5}
@@ -184,15 +187,15 @@ class Checkpoints:
         held: dict[str, Any] = {"model": self.net, "optimizer": self.optimizer, "ema": self.ema}
         save_training_state(self.state, step=1, epoch=0, extra={"logs": []}, **held)
         self.held = held
-        self.kept = {p: p.read_bytes() for f in (self.model, self.dense, self.state) for p in f.iterdir()}
+        folders = (self.model, self.shards, self.dense, self.state)
+        self.kept = {p: p.read_bytes() for f in folders for p in f.iterdir()}
         self.names = sorted(str(p) for p in folder.rglob("*"))
         self.folder = folder
 
     def __call__(self, draw: random.Random) -> str:
         """Read one wrong file; returns which kind it was."""
-        kind = draw.choices(
-            (self._saved, self._weights, self._training, self._recipe, self._dense), (50, 20, 15, 10, 5)
-        )
+        kinds = (self._saved, self._weights, self._sharded, self._training, self._recipe, self._dense)
+        kind = draw.choices(kinds, (45, 15, 10, 15, 10, 5))
         try:
             kind[0](draw)
         finally:
@@ -202,14 +205,14 @@ class Checkpoints:
         assert sorted(str(p) for p in self.folder.rglob("*")) == self.names, "something was written"
         return kind[0].__name__.strip("_")
 
-    def _load(self, draw: random.Random) -> None:
+    def _load(self, draw: random.Random, folder: Path | None = None) -> None:
         import torch
 
         import acmize
         from acmize.hub import model_card
         from acmize.report.page import content, render
 
-        model = acmize.from_pretrained(self.model)
+        model = acmize.from_pretrained(folder or self.model)
         if draw.random() < 0.1:
             model_card(model)
             render(content(model))
@@ -232,6 +235,16 @@ class Checkpoints:
         path = self.model / "model.safetensors"
         path.write_bytes(wrong_tensors(self.kept[path], draw))
         self._load(draw)
+
+    def _sharded(self, draw: random.Random) -> None:
+        """An index or a shard that is wrong, or one shard in the place of another."""
+        files = sorted(self.shards.glob("model*"))
+        path, other = draw.choice(files), draw.choice(files)
+        if path.suffix == ".json":
+            path.write_bytes(wrong_json(self.kept[path], draw))
+        else:
+            path.write_bytes(self.kept[other] if draw.random() < 0.2 else wrong_tensors(self.kept[path], draw))
+        self._load(draw, self.shards)
 
     def _training(self, draw: random.Random) -> None:
         from acmize.checkpoint import load_training_state

@@ -232,6 +232,8 @@ class Handler(BaseHTTPRequestHandler):
                     self.refuse(400, "", f"{value['path']} was not uploaded")
                     return
                 files[value["path"]] = self.server.lfs[value["oid"]]
+            elif item["key"] == "deletedFile":
+                del files[value["path"]]
         oid = hashlib.sha1(repr((name, len(repo.commits), sorted(files.items()))).encode()).hexdigest()
         repo.commits.append((oid, files))
         self.send({"commitUrl": f"{self.server.endpoint}/{name}/commit/{oid}", "commitOid": oid, "success": True})

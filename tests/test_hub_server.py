@@ -101,6 +101,20 @@ def test_revisions(hub: Hub, model: Any, images: torch.Tensor) -> None:
         from_pretrained(NAME, revision="v9")
 
 
+def test_shards_take_the_place_of_one_file_and_the_other_way_round(hub: Hub, model: Any, images: torch.Tensor) -> None:
+    """Whichever of them was left behind would be loaded in place of the new one."""
+    models = [model, other(model), model]
+    for made, size in zip(models, ("5GB", "100KB", "5GB"), strict=True):
+        made.push_to_hub(NAME, token=TOKEN, max_shard_size=size)
+        made.set_budget(from_pretrained(NAME).budget)
+        assert torch.equal(logits(from_pretrained(NAME), images), logits(made, images))
+    one, several, again = (set(files) for _, files in hub.repos[NAME].commits)
+    assert one == again == FILES
+    assert "model.safetensors" not in several
+    assert len([name for name in several if name.startswith("model-0")]) > 3
+    assert several - {name for name in several if name.startswith("model")} == FILES - {"model.safetensors"}
+
+
 def test_what_was_loaded_once_loads_offline(
     hub: Hub, model: Any, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

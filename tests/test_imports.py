@@ -34,7 +34,7 @@ ORDER = (
     ("init", "compensate"),
     ("damage", "losses", "diagnose", "controls", "site_times"),
     ("removal",),
-    ("checkpoint", "faults", "untrusted", "unreadable", "batches", "splits", "data", "audio"),
+    ("checkpoint", "faults", "untrusted", "weights", "unreadable", "batches", "splits", "data", "audio"),
     ("quickstart_model", "hf_models", "cifar_models", "models"),
     ("phases",),
     ("recipe",),

@@ -73,6 +73,10 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
         load_model(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_vit"}))
     assert architecture(str(tmp_path)).num_classes == 1000
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_vit", "model_args": {"depth": 10**6}}))
+    with pytest.raises(AcmizeError, match="far more parameters than 5000 tensors can fill"):
+        architecture(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_vit"}))
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02.")
     with pytest.raises(AcmizeError, match=r"model\.safetensors"):
         load_model(str(tmp_path))
