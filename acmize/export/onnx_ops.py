@@ -268,18 +268,22 @@ def _entries_of(bias: Value | None, units: int, heads: int, lo: int, hi: int) ->
 
 
 def width(x: Value) -> int:
+    """The size of the last axis, which is known."""
     return int(x.shape[-1])
 
 
 def array(values: Any) -> Value:
+    """A constant of numpy."""
     return op.Constant(value=ir.tensor(np.asarray(values)))
 
 
 def integer(value: int) -> Value:
+    """A constant ()."""
     return array(np.int64(value))
 
 
 def integers(*values: int) -> Value:
+    """A constant (n,)."""
     return array(np.asarray(values, np.int64))
 
 

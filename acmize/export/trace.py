@@ -151,9 +151,8 @@ class AnyLength:
         What a bisection finds in Python, the smallest share in thousandths that saves enough, is found by trying all of
         them at once. Numbers are whole, in double precision, until they are returned.
         """
-        symbolic = not isinstance(tokens, Tensor)
-        length = torch.scalar_tensor(tokens, dtype=torch.float64) if symbolic else tokens.double()
-        near: Merging = self.merging
+        length = tokens if isinstance(tokens, Tensor) else torch.scalar_tensor(tokens, dtype=torch.float64)
+        near, length = self.merging, length.double()
         far: Any = replace(near, tokens=length)
         shares = torch.tensor([k / 1000 for k in range(2001)], dtype=torch.float64) * length / near.tokens
         left, pairs = length - near.prefix, []

@@ -60,7 +60,7 @@ class MergeState:
         return self._local.mask
 
     def holder(self, frames: int) -> Tensor:
-        """(B, frames) the token that holds each frame of the first block: tokens of frames follow one another in time."""
+        """(B, frames) the token that holds each frame of the first block: what a token holds follows one on another."""
         sizes = self._local.sizes.long()
         marks = sizes.new_zeros(sizes.shape[0], frames + 1)
         return marks.scatter(1, sizes.cumsum(1) - sizes, 1).cumsum(1)[:, :frames] - 1
