@@ -16,7 +16,7 @@ from torch.export import Dim
 
 from acmize.export import export
 from acmize.export.onnx_merging import TRANSLATIONS
-from acmize.export.trace import AnyLength, output_of, part_of, schedule_at, trace
+from acmize.export.trace import AnyLength, output_of, part_of, trace
 from acmize.gates import gates_of, record
 from acmize.hub import base_of, make_adaptive
 from acmize.methods.token_merging import hooks_of, schedule_of
@@ -34,15 +34,15 @@ pytest.importorskip("onnxruntime")
 @pytest.mark.parametrize("rule", RULES)
 def test_a_schedule_is_stretched_in_the_graph_as_in_python(rule: Any) -> None:
     found = set()
-    for budget in torch.linspace(0.3, 1.0, 29, dtype=torch.float64):
-        schedule, whole = schedule_at(rule, budget), rule.schedule(budget.item())
+    for budget in range(30, 101, 5):
+        schedule = rule.schedule(budget / 100)
         for tokens in (1, 2, 3, 8, 23, 101, 499, 500, 502, 777, 2345, 40_000):
-            there, pairs = AnyLength(rule).at(tokens, schedule)
-            far, expected = rule.at(tokens, whole)
-            assert tuple(map(int, pairs)) == tuple(expected)
+            there, pairs = AnyLength(rule).at(tokens, [torch.tensor(r) for r in schedule])
+            far, expected = rule.at(tokens, schedule)
+            assert tuple(map(int, pairs)) == expected
             assert int(there.saved(pairs)) == far.saved(expected)
-            found.add(tuple(expected))
-    assert len(found) > (10 if rule.fixed else 200)
+            found.add(expected)
+    assert len(found) > (5 if rule.fixed else 40)
 
 
 class Merge(nn.Module):
@@ -56,7 +56,7 @@ def test_neighbours_merge_in_onnx_as_in_torch(tmp_path: Path) -> None:
     free = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     example = (torch.randn(2, 9, 6), torch.ones(2, 9), torch.tensor(2))
     program = torch.onnx.export(
-        Merge(), example, dynamic_shapes=(free, free, None), custom_translation_table=TRANSLATIONS, verbose=False
+        Merge().eval(), example, dynamic_shapes=(free, free, None), custom_translation_table=TRANSLATIONS, verbose=False
     )
     assert program is not None
     program.save(tmp_path / "merge.onnx")
@@ -88,11 +88,12 @@ def adaptive(name: str, **kwargs: Any) -> Any:
 def agrees(model: Any, run: Any) -> None:
     """At several budgets and lengths `run` (x, budget) gives the outputs and shares that the model itself does."""
     plan, part, kept = model.plan, part_of(model), set()
+    low = model.calibration.budgets[-1]
     lengths = ((9000,) * 3, (3000,), (21_000,)) if plan.length_macs else ((1,) * 3, (1,))
     for recordings in lengths:
         x = inputs_for(model, recordings).tensors[model.main_input_name]
         outputs = []
-        for budget in (0.97, 0.75, model.calibration.budgets[-1]):
+        for budget in (0.97, (0.97 + low) / 2, low):
             model.set_budget(budget)
             with torch.no_grad(), record(part, len(x)) as seen:
                 expected = output_of(part(x))

@@ -160,9 +160,9 @@ class AnyLength:
             pairs.append(torch.minimum((shares * r).round(), (left / 2).floor()))
             left = left - pairs[-1]
         wanted = torch.as_tensor(near._saved(schedule, near.linear_macs)).double() / near._cost() * far._cost()
-        found = (far._saved(pairs, near.linear_macs)[:-1] < wanted).sum()
+        first = (far._saved(pairs, near.linear_macs)[:-1] < wanted).sum()
         same = length == near.tokens
-        return far, [torch.where(same, r, p[found].long()) for r, p in zip(schedule, pairs, strict=True)]
+        return far, [torch.where(same, r, p[first].long()) for r, p in zip(schedule, pairs, strict=True)]
 
 
 def table_at(values: Sequence[int], budget: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def trace(model: Any, *, fused_attention: bool = True, samples: int = 2, compute
 
     Args:
         model: adaptive, on the CPU; left as it was.
-        fused_attention: keep timm's one operator for attention; ONNX cannot break it up once tokens are merged.
+        fused_attention: keep one operator for attention; ONNX cannot break it up once tokens are merged.
         samples: in the example that is traced.
         compute: also return what each sample cost, a share of the dense MACs, (B,).
     """
@@ -205,16 +205,22 @@ def trace(model: Any, *, fused_attention: bool = True, samples: int = 2, compute
 
 
 @contextmanager
-def _attention(model: nn.Module, fused: bool) -> Iterator[None]:
-    """Switch timm's attention layers to products of matrices inside the context, unless `fused`."""
-    layers: list[Any] = [] if fused else [m for m in model.modules() if getattr(m, "fused_attn", False)]
+def _attention(model: Any, fused: bool) -> Iterator[None]:
+    """Switch attention to products of matrices inside the context, unless `fused`; of speech, if frames are merged."""
+    layers: list[Any] = [] if fused else [m for m in model.modules() if getattr(m, "fused_attn", False)]  # of timm
+    speech = not fused and is_speech(model) and model.plan.merging is not None
+    before = model.config._attn_implementation if speech else None
     for layer in layers:
         layer.fused_attn = False
+    if speech:
+        model.set_attn_implementation("eager")
     try:
         yield
     finally:
         for layer in layers:
             layer.fused_attn = True
+        if speech:
+            model.set_attn_implementation(before)
 
 
 def check_exportable(model: Any) -> None:
