@@ -114,7 +114,7 @@ class MergeHook:
 
     def __init__(self, state: MergeState, r: int | Tensor, prefix: int, first: bool) -> None:
         self.state, self.r, self.prefix, self.first = state, r, prefix, first
-        self.merging: Any = None
+        self.merging: Any = None  # of the plan, where frames are merged
         self._entered: tuple[Tensor | None, Frames | None] = (None, None)  # before this block in the last forward
 
     def __call__(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
