@@ -94,7 +94,7 @@ def agrees(model: Any, run: Any) -> None:
     for recordings, frames in batches:
         x = inputs_for(model, (frames * stride,) * recordings).tensors[model.main_input_name]
         outputs = []
-        for budget in (0.97, (0.97 + low) / 2, low):
+        for budget in (0.97, round((0.97 + low) / 2, 2), low):
             model.set_budget(budget)
             with torch.no_grad(), record(part, len(x)) as seen:
                 expected = output_of(part(x))
@@ -125,7 +125,7 @@ def test_one_onnx_file_for_recordings_of_any_length(name: str, merge: str, tmp_p
     agrees(model, lambda x, budget: (ask(loaded, x, budget), ask(loaded, x, budget, "macs_ratio")))
 
 
-@pytest.mark.parametrize("name", ["moonshine", "hubert pre-norm", "data2vec"])
+@pytest.mark.parametrize("name", ["moonshine", "hubert pre-norm"])
 def test_a_torch_program_merges_frames(name: str, tmp_path: Path) -> None:
     model = adaptive(name, merge="auto")
     program = torch.export.load(export(model, tmp_path / "model.pt2", "torch-export", compute=True)).module()
