@@ -25,9 +25,9 @@ def merge(x_BTD: Tensor, sizes_BT: Tensor, r: int, prefix: int) -> tuple[Tensor,
     if not gone.shape[1]:
         return x_BTD, sizes_BT
     front = kept.shape[1] - (x_BTD.shape[1] - prefix) // 2  # tokens before the odd ones
-    merged, old_sizes = _rows(x_BTD, kept), sizes_BT.gather(1, kept)
+    merged, old_sizes = rows_of(x_BTD, kept), sizes_BT.gather(1, kept)
     size_gone = sizes_BT.gather(1, gone)
-    moved = _rows(x_BTD, gone) * size_gone[..., None]
+    moved = rows_of(x_BTD, gone) * size_gone[..., None]
     target = _flat(into, merged.shape[1])
     new_sizes = old_sizes.flatten().index_add(0, target, size_gone.flatten()).view_as(old_sizes)
     merged[:, front:] *= old_sizes[:, front:, None]
@@ -51,7 +51,7 @@ def neighbours(x_BTD: Tensor, sizes_BT: Tensor, r_B: Tensor) -> Tensor:
     Args:
         x_BTD: frames.
         sizes_BT: frames merged in each; 0 where a frame is padding, behind the others.
-        r_B: how many of them go, at most half of those that are real.
+        r_B: how many of them go, at most half of those that are real; (1,) where as many go of each.
 
     Returns:
         (B, T) where each frame goes: its place, in the order of time, among those that are left.
@@ -73,13 +73,13 @@ def neighbours(x_BTD: Tensor, sizes_BT: Tensor, r_B: Tensor) -> Tensor:
 def fold(x_BTD: Tensor, sizes_BT: Tensor, holder_BT: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """Means (B, tokens, D) of the frames that go to each place, weighted by their sizes, and the new sizes.
 
-    A place that only padding goes to is zero and has size 0.
+    Sizes are of float32 at least, in which sums are formed. A place that only padding goes to is zero and has size 0.
     """
     target, shape = _flat(holder_BT, tokens), (len(x_BTD), tokens)
     sizes = sizes_BT.new_zeros(shape[0] * tokens).index_add(0, target, sizes_BT.flatten())
-    total = x_BTD.new_zeros(len(sizes), x_BTD.shape[2])
+    total = sizes.new_zeros(len(sizes), x_BTD.shape[2])
     total = total.index_add(0, target, (x_BTD * sizes_BT[..., None]).flatten(0, 1))
-    return (total / sizes.clamp_min(1.0)[:, None]).unflatten(0, shape), sizes.view(shape)
+    return (total / sizes.clamp_min(1.0)[:, None]).to(x_BTD.dtype).unflatten(0, shape), sizes.view(shape)
 
 
 def held_together(holder: Tensor) -> Tensor:
@@ -115,17 +115,27 @@ def _merge_op(x: Tensor, sizes: Tensor, r: Tensor, prefix: int) -> tuple[Tensor,
     return merge(x, sizes, pairs, prefix) if pairs > 0 else (x.clone(), sizes.clone())
 
 
+@torch.library.custom_op("acmize::merge_neighbours", mutates_args=())
+def _merge_neighbours_op(x: Tensor, sizes: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """`fold` of `neighbours` by a number that is known at run time alone, the same for all recordings."""
+    pairs = int(r)
+    if pairs <= 0:
+        return x.clone(), sizes.clone()
+    return fold(x, sizes, neighbours(x, sizes, r[None]), x.shape[1] - pairs)
+
+
 @torch.library.register_fake("acmize::merge")
-def _(x: Tensor, sizes: Tensor, r: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+@torch.library.register_fake("acmize::merge_neighbours")
+def _(x: Tensor, sizes: Tensor, r: Tensor, prefix: int = 0) -> tuple[Tensor, Tensor]:
     tokens = torch.library.get_ctx().new_dynamic_size(min=2)
     return x.new_empty(x.shape[0], tokens, x.shape[2]), sizes.new_empty(x.shape[0], tokens)
 
 
-def _rows(x_BTD: Tensor, index_BK: Tensor) -> Tensor:
+def rows_of(x_BTD: Tensor, index_BK: Tensor) -> Tensor:
     """Tokens of each sample: (B, K, D). One selection of rows is several times faster than `gather` on the CPU."""
     return x_BTD.flatten(0, 1).index_select(0, _flat(index_BK, x_BTD.shape[1])).unflatten(0, index_BK.shape)
 
 
 def _flat(index_BK: Tensor, tokens: int) -> Tensor:
     """Places in a sample -> (B * K,) places in the batch."""
-    return (index_BK + tokens * torch.arange(len(index_BK), device=index_BK.device)[:, None]).flatten()
+    return (index_BK + tokens * torch.arange(index_BK.shape[0], device=index_BK.device)[:, None]).flatten()

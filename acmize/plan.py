@@ -267,28 +267,26 @@ class Merging:
             left -= out[-1]
         return tuple(out)
 
-    def counts(self, schedule: tuple[int, ...]) -> list[int]:
+    def counts(self, schedule: Sequence[Any]) -> list[Any]:
         """Tokens in each block."""
-        left, counts = self.tokens, []
-        for r in schedule:
-            left -= r
-            counts.append(left)
-        return counts
+        return list(accumulate(schedule, lambda left, r: left - r, initial=self.tokens))[1:]
 
-    def saved(self, schedule: tuple[int, ...]) -> int:
+    def saved(self, schedule: Sequence[Any]) -> Any:
         """MACs a sample that merging takes off what is not an adaptive site: attention products, dense layers.
 
-        The search for pairs is taken off again.
+        The search for pairs is taken off again. Of tensors () a tensor (), where a program is exported that computes
+        the schedule.
         """
         return self._saved(schedule, self.dense_macs)
 
-    def _saved(self, schedule: tuple[int, ...], token_macs: tuple[int, ...]) -> int:
-        total, before = 0, self.tokens
+    def _saved(self, schedule: Sequence[Any], token_macs: tuple[int, ...]) -> Any:
+        total: Any = 0
+        before = self.tokens
         for r, count, macs in zip(schedule, self.counts(schedule), token_macs, strict=True):
-            total += 2 * self.attention_dim * (self.tokens**2 - count**2) + macs * (self.tokens - count)
-            if r and not self.neighbours:
+            total = total + 2 * self.attention_dim * (self.tokens**2 - count**2) + macs * (self.tokens - count)
+            if not self.neighbours:
                 free = before - self.prefix
-                total -= -(-free // 2) * (free // 2) * self.dim
+                total = total - (r > 0) * ((free + 1) // 2 * (free // 2) * self.dim)
             before = count
         return total
 

@@ -3,7 +3,7 @@
 Command:   python recipes/exported.py --model out --output runs/exported
            python recipes/exported.py --model out --output runs/exported_held --split held     to choose settings on
            python recipes/exported.py --model out --output runs/exported --time --threads 2    on a quiet machine
-           python recipes/exported.py --model moonshine_out --data recordings --formats onnx   a speech model
+           python recipes/exported.py --model moonshine_out --data recordings --formats onnx   speech, also --time
            python recipes/exported.py --smoke                 the digits model, under a minute
 Shows:     for each form and budget: accuracy, the share of the dense MACs that it really took (an output of the file),
            and, against the same model in PyTorch (float32, eager): agreement, KL, largest difference of an output, its
@@ -11,8 +11,10 @@ Shows:     for each form and budget: accuracy, the share of the dense MACs that 
              bf16           the model itself, `.bfloat16()`
              torchao-int8   8-bit weights by torchao in the layers that stay dense (what is cut keeps float32)
              torchao-int8-dynamic   inputs of these layers in 8 bits as well
-           With --time: median milliseconds of batches of 1 and 8, all forms in turns on the same inputs, beside the
-           dense model in PyTorch and in ONNX Runtime. torchao is not among the requirements (0.18.0 was used).
+           With --time: median milliseconds of batches of 1 and 8 (recordings: one by one, each of its own length), all
+           forms in turns on the same inputs, beside the dense model (of a speech-to-text model, its encoder; with
+           random weights, which are as fast) in PyTorch and in ONNX Runtime. torchao is not among the requirements
+           (0.18.0 was used).
 Data:      imagenet_mini of ACMIZE_ASSETS: the 600 test photographs, or the 135 held out of train; or --data.
 Seed:      0.
 Hardware:  one core of a shared x86-64 machine (AVX-512 VNNI), no GPU.
@@ -26,7 +28,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +38,14 @@ import torch
 from torch import Tensor, nn
 
 from acmize.audio import open_audio
-from acmize.bench import WARMUP, Call, draws, interleaved, percentiles, threads
+from acmize.bench import WARMUP, Call, dense_of, draws, interleaved, percentiles, threads
 from acmize.cost import evaluating
 from acmize.evaluate import top1
 from acmize.export import FORMATS, export
 from acmize.export.formats import SUFFIXES
 from acmize.export.trace import output_of, part_of
 from acmize.gates import record
-from acmize.hosts_speech import is_speech
+from acmize.hosts_speech import has_fixed_length, is_speech
 from acmize.hub import from_pretrained
 from acmize.layers import Dense
 from acmize.methods.token_merging import schedule_of
@@ -54,6 +56,18 @@ BUDGETS = (0.75, 0.5)
 INSIDE = ("bf16", "torchao-int8", "torchao-int8-dynamic")  # forms of the model itself
 SIZES = (1, 8)
 Answer = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # inputs, budget -> outputs, shares of the dense MACs
+
+
+class Whole(nn.Module):
+    """A dense model as a function of a tensor; of a speech-to-text model, its encoder."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.part = part_of(model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Its logits, or hidden states."""
+        return output_of(self.part(x))
 
 
 class InTorch:
@@ -158,27 +172,33 @@ def row_of(mine: Any, reference: Any, labels: Tensor | None) -> common.Row:
     }
 
 
+def drawn(batches: list[Tensor], size: int, args: Any) -> Iterator[Tensor]:
+    """Inputs for each round of timing: so many samples at random."""
+    samples = [one for x in batches for one in x.split(1)][:256]
+    order = torch.Generator().manual_seed(args.seed)
+    for index in draws(len(samples), min(size, len(samples)), WARMUP + args.repeats, order):
+        yield torch.cat([samples[i] for i in index])
+
+
 def times(
-    calls: dict[str, Callable[[Tensor], object]], stack: Tensor, args: Any
+    calls: dict[str, Callable[[Tensor], object]], batches: list[Tensor], sizes: tuple[int, ...], args: Any
 ) -> dict[str, dict[int, dict[str, float]]]:
     """Form -> batch size -> percentiles in milliseconds, all forms in turns."""
     found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in calls}
-    for size in SIZES:
-        order = torch.Generator().manual_seed(args.seed)
-        drawn = draws(len(stack), min(size, len(stack)), WARMUP + args.repeats, order)
-        turns = {name: Call(lambda index, call=call: call(stack[index])) for name, call in calls.items()}
-        for name, seconds in interleaved(turns, drawn).items():
+    turns = {name: Call(call) for name, call in calls.items()}
+    for size in sizes:
+        for name, seconds in interleaved(turns, drawn(batches, size, args)).items():
             found[name][size] = percentiles(seconds)
     return found
 
 
-def dense_onnx(dense: nn.Module, x: Tensor, path: Path, count: int) -> Callable[[Tensor], object]:
-    """The dense model in ONNX Runtime."""
+def dense_onnx(dense: nn.Module, x: Tensor, free: int | None, path: Path, count: int) -> Callable[[Tensor], object]:
+    """The dense model in ONNX Runtime, for inputs that differ from x along one axis."""
     import onnxruntime
 
-    free = ({0: torch.export.Dim.DYNAMIC},)
+    shapes = {} if free is None else {free: torch.export.Dim.DYNAMIC}
     with evaluating(dense):
-        program = torch.onnx.export(dense, (x[:2],), input_names=["x"], dynamic_shapes=free, verbose=False)
+        program = torch.onnx.export(dense, (x,), input_names=["x"], dynamic_shapes=(shapes,), verbose=False)
     assert program is not None
     program.save(path)
     options = onnxruntime.SessionOptions()
@@ -188,7 +208,7 @@ def dense_onnx(dense: nn.Module, x: Tensor, path: Path, count: int) -> Callable[
 
 
 def inputs_of(args: Any, model: Any) -> tuple[list[Tensor], Tensor | None, Any]:
-    """Batches of real inputs, their labels, and the dense model, both of images alone."""
+    """Batches of real inputs, their labels (of images), and the dense model."""
     if is_speech(model):
         listener = Listener(model)
         splits = open_audio(args.data, limit=args.limit)
@@ -196,7 +216,7 @@ def inputs_of(args: Any, model: Any) -> tuple[list[Tensor], Tensor | None, Any]:
         processor, name = listener.processor, model.main_input_name
         heard = splits.audio(splits.split(which), which, processor.rate)
         rate = {"sampling_rate": processor.rate, "return_tensors": "pt"}
-        return [processor.features(u.wave.numpy(), **rate)[name] for u in heard], None, None
+        return [processor.features(u.wave.numpy(), **rate)[name] for u in heard], None, dense_of(model)
     dense = common.deit_tiny(args)
     options = {"seed": args.seed, **(common.SMOKE if args.smoke else {"batch_size": 30})}
     options |= {} if args.limit is None else {"limit": args.limit}
@@ -234,19 +254,21 @@ def main() -> None:
         for form, (answer, told) in forms.items():
             for b in args.budgets:
                 rows.measure(f"{form} @ {b:g}", lambda a=answer, t=told, b=b: row(a, t, b))
-        if args.time and dense is not None:
-            stack = torch.cat(batches)[:256]
-            calls: dict[str, Callable[[Tensor], object]] = {"dense, PyTorch": dense.eval()}
-            calls["dense, onnx"] = dense_onnx(dense, stack, args.output / "dense.onnx", args.threads)
+        if args.time:
+            whole, sizes, free = Whole(dense).eval(), SIZES, 0
+            if is_speech(made):
+                sizes, free = SIZES[:1], None if has_fixed_length(made) else 1
+            calls: dict[str, Callable[[Tensor], object]] = {"dense, PyTorch": whole}
+            calls["dense, onnx"] = dense_onnx(whole, batches[0], free, args.output / "dense.onnx", args.threads)
             everything = {"PyTorch": InTorch(made), **{form: answer for form, (answer, _) in forms.items()}}
             for form, answer in everything.items():
                 for b in args.budgets:
                     timed = answer.at(b) if isinstance(answer, InTorch) else lambda x, a=answer, b=b: a(x, b)
                     calls[f"{form} @ {b:g}"] = timed
             with torch.inference_mode():
-                spent = rows.measure("times", lambda: {"milliseconds": times(calls, stack, args)})["milliseconds"]
-            for name, sizes in spent.items():
-                print(f"{name}: " + ", ".join(f"batch {s}: {p['p50']:.2f} ms" for s, p in sizes.items()))
+                spent = rows.measure("times", lambda: {"milliseconds": times(calls, batches, sizes, args)})
+            for name, timed in spent["milliseconds"].items():
+                print(f"{name}: " + ", ".join(f"batch {s}: {p['p50']:.2f} ms" for s, p in timed.items()))
             rows.found["rows"].pop("times")
     rows.show(
         {

@@ -84,6 +84,16 @@ def run_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     return call
 
 
+@pytest.fixture
+def _always_skip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In exported files: blocks of one learner, and skipping wherever anything is left out."""
+    from acmize.export import onnx_ops
+
+    monkeypatch.setattr(onnx_ops, "OVERHEAD_MACS", 0.0)
+    monkeypatch.setattr(onnx_ops, "MOVE_MACS", 0.0)
+    monkeypatch.setattr(onnx_ops, "BLOCK_UNITS", 8)
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -7,16 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from in_onnx import ask, session
 from short import converted, refused
 from timm.models.resnet import BasicBlock
 from tiny import adapted, images, vit
 from tiny_cnn import SIZE, resnet
-from tiny_speech import HOSTS as SPEECH
-from tiny_speech import adapted as adapted_speech
-from tiny_speech import inputs_for
 from torch import Tensor, nn
 
 from acmize import AcmConfig, AcmizeError
@@ -24,7 +21,7 @@ from acmize.export import export
 from acmize.export.trace import dial_at, schedule_at, trace
 from acmize.gates import gates_of, record
 from acmize.hosts import make_plan
-from acmize.hub import base_of, from_pretrained, make_adaptive, save_pretrained
+from acmize.hub import from_pretrained, make_adaptive, save_pretrained
 from acmize.methods.cosine_gate import CosineGateConfig
 from acmize.methods.token_merging import schedule_of
 from acmize.phases.calibrate import Calibration
@@ -53,34 +50,11 @@ def model() -> Any:
     return adaptive(vit(), AcmConfig(num_learners=4, gate_hidden=4), "auto")
 
 
-@pytest.fixture
-def _always_skip(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of one learner, and skipping wherever anything is left out."""
-    from acmize.export import onnx_ops
-
-    monkeypatch.setattr(onnx_ops, "OVERHEAD_MACS", 0.0)
-    monkeypatch.setattr(onnx_ops, "MOVE_MACS", 0.0)
-    monkeypatch.setattr(onnx_ops, "BLOCK_UNITS", 8)
-
-
 def answers(model: Any, x: Tensor, budget: float) -> tuple[Tensor, list[Tensor]]:
     """The model's own logits, and what its gates chose."""
     model.set_budget(budget)
     with torch.no_grad(), record(model, len(x)) as seen:
         return model(x), list(seen.per_token.values())
-
-
-def session(path: Path) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(path, options)
-
-
-def ask(loaded: Any, x: Tensor, budget: float, output: str | None = None) -> Tensor:
-    feed = {"x": x.numpy(), "budget": np.array(budget, np.float32)}
-    return torch.from_numpy(loaded.run([output or loaded.get_outputs()[0].name], feed)[0])
 
 
 # --- rules inside the graph -----------------------------------------------------------------------------------
@@ -206,43 +180,6 @@ def test_a_compiled_package_answers_as_the_model_does(tmp_path: Path) -> None:
         torch.testing.assert_close(ratio.double(), share, atol=1e-5, rtol=0)
         outputs.append(found)
     assert not torch.allclose(outputs[0], outputs[1][:2], atol=1e-3)
-
-
-@pytest.mark.usefixtures("_always_skip")
-@pytest.mark.parametrize("name", ["moonshine", "wav2vec2", "whisper"])
-def test_a_speech_model_of_any_length(name: str, tmp_path: Path) -> None:
-    """The encoder of a model with a decoder, else the whole model; recordings longer and shorter than the example."""
-    torch.manual_seed(0)
-    dense = SPEECH[name]()
-    made, plan = adapted_speech(dense)
-    for gate in gates_of(made):
-        for parameter, p in gate.named_parameters():
-            nn.init.normal_(p, std=1.0 if "weight" in parameter else 0.3)
-        gate.fc2.bias.data -= 10  # type: ignore[union-attr]  # damages of about the price of the learners
-    low = round(plan.budget_range[0] + 0.02, 3)
-    table = Calibration(budgets=(1.0, low), dials=(0.3, 0.5) if name == "whisper" else (0.6, 0.72))
-    model = make_adaptive(made.eval(), plan, table, base_of(dense))
-    loaded = session(export(model, tmp_path / "model.onnx", compute=True))
-    told = loaded.get_modelmeta().custom_metadata_map
-    whole = name == "wav2vec2"
-    assert [output.name for output in loaded.get_outputs()] == ["logits" if whole else "hidden_states", "macs_ratio"]
-    assert told.get("part") == (None if whole else "model.encoder")
-    part = model if whole else model.get_encoder()
-    for lengths in ((9000, 9000), (3000,)) if name != "whisper" else ((1, 1), (1,)):
-        x = inputs_for(model, lengths).tensors[model.main_input_name]
-        outputs = []
-        for budget in (0.97, low):
-            model.set_budget(budget)
-            with torch.no_grad(), record(part, len(x)) as seen:
-                expected = part(x)
-            expected = expected.logits if whole else expected.last_hidden_state
-            choices = torch.cat([c.flatten() for c in seen.per_token.values()])
-            assert 0.05 < (choices < choices.max()).double().mean() < 0.95
-            torch.testing.assert_close(ask(loaded, x, budget), expected, atol=1e-4, rtol=1e-4)
-            macs, most = plan.account(seen.executed().double(), seen.tokens)
-            torch.testing.assert_close(ask(loaded, x, budget, "macs_ratio").double(), macs / most, atol=1e-5, rtol=0)
-            outputs.append(expected)
-        assert not torch.allclose(*outputs, atol=1e-3)
 
 
 def test_tracing_leaves_the_model_as_it_was(model: Any) -> None:

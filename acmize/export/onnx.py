@@ -141,7 +141,7 @@ def _preprocessing(model: Any) -> dict[str, Any]:
 
 def _converted(model: Any, compute: bool) -> Any:
     """The model as an `onnx_ir.Model`."""
-    from acmize.export.onnx_ops import TRANSLATIONS
+    from acmize.export import onnx_merging, onnx_ops
 
     answer = "hidden_states" if is_speech(model) and encoder_path(model) else "logits"
     program = torch.onnx.export(
@@ -149,7 +149,7 @@ def _converted(model: Any, compute: bool) -> Any:
         input_names=["x", "budget"],
         output_names=[answer, "macs_ratio"] if compute else [answer],
         opset_version=OPSET,
-        custom_translation_table=TRANSLATIONS,
+        custom_translation_table={**onnx_ops.TRANSLATIONS, **onnx_merging.TRANSLATIONS},
         optimize=False,  # ONNX Runtime folds and fuses when it loads; the exporter's own passes take minutes
         verbose=False,
     )

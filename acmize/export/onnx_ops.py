@@ -1,6 +1,6 @@
-"""The operators of `torch.ops.acmize` in ONNX: what `torch.onnx.export` writes in their place.
+"""The adaptive products of `torch.ops.acmize` in ONNX: what `torch.onnx.export` writes in their place.
 
-Every adaptive product has two forms in the file, and an `If` that takes the cheaper one for the tokens at hand:
+Each has two forms in the file, and an `If` that takes the cheaper one for the tokens at hand:
 
     masked    all the work, then a mask.
     skipping  tokens sorted by choice; each block of learners multiplies the leading tokens, those that run it, and what
@@ -63,7 +63,7 @@ def expand(x: Value, weight: Value, bias: Value | None, choice: Value, bounds: S
         h = op.Concat(*columns, axis=2) if len(columns) > 1 else columns[0]
         return op.Gather(op.Reshape(h, [0, -1]), sorted_by.inverse)
 
-    return _cheaper(weight, choice, bounds, heads, _width(x), heads * bounds[-1], masked, skipping)
+    return _cheaper(weight, choice, bounds, heads, width(x), heads * bounds[-1], masked, skipping)
 
 
 def contract(h: Value, weight: Value, table: Value, choice: Value, bounds: Sequence[int], heads: int) -> Value:
@@ -88,7 +88,7 @@ def contract(h: Value, weight: Value, table: Value, choice: Value, bounds: Seque
         y = _summed([block(number) for number in range(len(blocks))], sorted_by.tokens)
         return op.Add(op.Gather(y, sorted_by.inverse), op.Gather(table, choice))
 
-    return _cheaper(weight, choice, bounds, heads, _width(table), _width(table), masked, skipping)
+    return _cheaper(weight, choice, bounds, heads, width(table), width(table), masked, skipping)
 
 
 def mlp(
@@ -134,7 +134,7 @@ def mlp(
         y = _summed([block(number) for number in range(len(blocks))], sorted_by.tokens)
         return op.Add(op.Gather(y, sorted_by.inverse), op.Gather(table, choice))
 
-    return _cheaper(down, choice, bounds, 1 + len(ups), _width(x), _width(table), masked, skipping)
+    return _cheaper(down, choice, bounds, 1 + len(ups), width(x), width(table), masked, skipping)
 
 
 _ACTS: dict[str, Callable[[Value], Value]] = {
@@ -153,12 +153,12 @@ class _Sorted:
     def __init__(self, choice: Value) -> None:
         self.tokens = op.Shape(choice, start=0, end=1)
         self.choice, self.index = op.TopK(choice, self.tokens, largest=1, sorted=1)
-        places = op.Range(_int(0), op.Squeeze(self.tokens), _int(1))
+        places = op.Range(integer(0), op.Squeeze(self.tokens), integer(1))
         self.inverse = op.ScatterElements(places, self.index, places)
 
     def running(self, bounds: Sequence[int], unit: int) -> Value:
         """(1,) how many tokens run this unit."""
-        runs = op.Greater(self.choice, _int(list(bounds).index(unit)))
+        runs = op.Greater(self.choice, integer(list(bounds).index(unit)))
         return op.ReduceSum(op.Cast(runs, to=INT64), [0], keepdims=1)
 
 
@@ -175,11 +175,11 @@ def _cheaper(
     """An `If`: skipping where the MACs of the units left out, `heads * dim` each, are worth it."""
     left_out = np.asarray(bounds[-1] - np.asarray(bounds), np.float32) * heads * dim
     worth = left_out - MOVE_MACS * (2 * dim + 3 * out)
-    gain = op.ReduceSum(op.Gather(_array(worth.astype(np.float32)), choice), [0], keepdims=0)
+    gain = op.ReduceSum(op.Gather(array(worth.astype(np.float32)), choice), [0], keepdims=0)
     node = ir.Node(
         "",
         "If",
-        [op.Greater(gain, _array(np.float32(OVERHEAD_MACS)))],
+        [op.Greater(gain, array(np.float32(OVERHEAD_MACS)))],
         [
             ir.AttrGraph("then_branch", _branch(skipping, f"{weight.name}_skipping")),
             ir.AttrGraph("else_branch", _branch(masked, f"{weight.name}_masked")),
@@ -221,7 +221,7 @@ def _masked(h: Value, choice: Value, bounds: Sequence[int], heads: int, lo: int 
     if hi is not None and list(bounds).index(hi) == list(bounds).index(lo) + 1:
         return h  # a single learner: whoever is here runs it; there may be nobody, so no size below is left open
     units = np.arange(lo, bounds[-1] if hi is None else hi)
-    mask = op.Gather(_array((units < np.asarray(bounds)[:, None]).astype(np.float32)), choice)
+    mask = op.Gather(array((units < np.asarray(bounds)[:, None]).astype(np.float32)), choice)
     if heads == 1:
         return op.Mul(h, mask)
     apart = op.Mul(op.Reshape(h, [0, heads, len(units)]), op.Unsqueeze(mask, [1]))
@@ -239,7 +239,7 @@ def _summed(parts: Sequence[tuple[Value, Value]], tokens: Value) -> Value:
 def _padded(h: Value, count: Value) -> Value:
     """H (m, O) with zeros below, (count, O)."""
     missing = op.Sub(count, op.Shape(h, start=0, end=1))
-    return op.Pad(h, op.Concat(_ints(0, 0), missing, _ints(0), axis=0))
+    return op.Pad(h, op.Concat(integers(0, 0), missing, integers(0), axis=0))
 
 
 def _head(x: Value, count: Value) -> Value:
@@ -267,64 +267,28 @@ def _entries_of(bias: Value | None, units: int, heads: int, lo: int, hi: int) ->
     return op.Reshape(op.Slice(apart, [lo], [hi], [1]), [-1])
 
 
-def _width(x: Value) -> int:
+def width(x: Value) -> int:
+    """The size of the last axis, which is known."""
     return int(x.shape[-1])
 
 
-def _array(values: Any) -> Value:
+def array(values: Any) -> Value:
+    """A constant of numpy."""
     return op.Constant(value=ir.tensor(np.asarray(values)))
 
 
-def _int(value: int) -> Value:
-    return _array(np.int64(value))
+def integer(value: int) -> Value:
+    """A constant ()."""
+    return array(np.int64(value))
 
 
-def _ints(*values: int) -> Value:
-    return _array(np.asarray(values, np.int64))
-
-
-# --- merging of tokens ----------------------------------------------------------------------------------------
-
-
-def merge(x: Value, sizes: Value, r: Value, prefix: int) -> tuple[Value, Value]:
-    """`token_merging.merge` of x (B, T, D), sizes (B, T) by r () pairs; sums over pairs are a product with 0 and 1."""
-    b_from = prefix + 1
-    a, b = op.Slice(x, [prefix], [END], [1], [2]), op.Slice(x, [b_from], [END], [1], [2])
-    size_a, size_b = op.Slice(sizes, [prefix], [END], [1], [2]), op.Slice(sizes, [b_from], [END], [1], [2])
-    squares_a, squares_b = (op.ReduceSum(op.Mul(t, t), [2], keepdims=0) for t in (a, b))
-    product = op.MatMul(a, op.Transpose(b, perm=[0, 2, 1]))
-    both = op.Add(op.Unsqueeze(squares_a, [2]), op.Unsqueeze(squares_b, [1]))
-    distance = op.Sub(both, op.Mul(product, 2.0))
-    wide_a, wide_b = op.Unsqueeze(size_a, [2]), op.Unsqueeze(size_b, [1])
-    costs = op.Mul(op.Div(op.Mul(wide_a, wide_b), op.Add(wide_a, wide_b)), distance)
-    cost, partner = op.ReduceMin(costs, [2], keepdims=0), op.ArgMin(costs, axis=2, keepdims=0)
-    _, gone = op.TopK(cost, op.Reshape(r, [1]), axis=1, largest=0, sorted=1)
-    # What stays, in order: the places that are not zero, row by row; as many in each row.
-    stayed = op.ScatterElements(op.Expand(_int(1), op.Shape(cost)), gone, op.Expand(_int(0), op.Shape(gone)), axis=1)
-    samples = op.Shape(x, start=0, end=1)
-    left = op.Sub(op.Shape(cost, start=1, end=2), op.Reshape(r, [1]))
-    stays = op.Reshape(op.Gather(op.NonZero(stayed), _int(1)), op.Concat(samples, left, axis=0), allowzero=1)
-    first = op.Mul(op.Range(_int(0), op.Squeeze(samples), _int(1)), op.Squeeze(op.Shape(cost, start=1, end=2)))
-    flat_a = op.Reshape(a, [-1, _width(x)])
-
-    def rows(index: Value) -> Value:
-        return op.Gather(flat_a, op.Add(index, op.Unsqueeze(first, [1])))
-
-    places = op.Range(_int(0), op.Squeeze(op.Shape(b, start=1, end=2)), _int(1))
-    into = op.Unsqueeze(op.GatherElements(partner, gone, axis=1), [1])
-    joins = op.Cast(op.Equal(op.Unsqueeze(places, [0, 2]), into), to=FLOAT)
-    weights = op.Mul(joins, op.Unsqueeze(op.GatherElements(size_a, gone, axis=1), [1]))  # (B, T_b, r)
-    sizes_b = op.Add(size_b, op.ReduceSum(weights, [2], keepdims=0))
-    sums = op.Add(op.Mul(b, op.Unsqueeze(size_b, [2])), op.MatMul(weights, rows(gone)))
-    merged_b = op.Div(sums, op.Unsqueeze(sizes_b, [2]))
-    out = op.Concat(op.Slice(x, [0], [prefix], [1]), rows(stays), merged_b, axis=1)
-    kept = op.GatherElements(size_a, stays, axis=1)
-    return out, op.Concat(op.Slice(sizes, [0], [prefix], [1]), kept, sizes_b, axis=1)
+def integers(*values: int) -> Value:
+    """A constant (n,)."""
+    return array(np.asarray(values, np.int64))
 
 
 TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.acmize.expand.default: expand,
     torch.ops.acmize.contract.default: contract,
     torch.ops.acmize.mlp.default: mlp,
-    torch.ops.acmize.merge.default: merge,
 }

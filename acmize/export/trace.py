@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -53,19 +54,22 @@ class AnyBudget(nn.Module):
         for gate in gates_of(self.model):
             buffers[f"{names[id(gate)]}.dial"] = dial.to(gate.dial.dtype)
             buffers[f"{names[id(gate)]}.price"] = gate.price_at(dial).to(gate.price.dtype)
-        merging = self.plan.merging
+        merging, schedule = self.plan.merging, []
+        if merging is not None:
+            schedule = schedule_at(merging, share)
         with (
-            merging_by(self.model, [] if merging is None else schedule_at(merging, share)),
+            merging_by(self.model, schedule, merging and AnyLength(merging)),
             _spending(self.model if self.compute else nn.Identity(), x) as spent,
         ):
             out = output_of(torch.func.functional_call(self.model, buffers, (x,)))
         if not self.compute:
             return out
-        if merging is not None:  # the rest of the work is then less than without
-            rest = table_at([self.plan.macs_rest(merging.schedule(b / 1000)) for b in range(1001)], share)
-            return out, (spent.macs + rest) / self.plan.macs_dense
         macs, whole = self.plan.account(spent.macs, spent.tokens)
-        return out, macs / whole
+        if merging is not None:
+            if merging.neighbours:
+                merging, schedule = AnyLength(merging).at(spent.tokens[""], schedule)
+            macs = macs - merging.saved(schedule)
+        return out, (macs / whole).float()
 
 
 def part_of(model: Any) -> nn.Module:
@@ -85,7 +89,7 @@ class _Spent:
 
     Attributes:
         macs: (samples,) of the sites and their gates.
-        tokens: entry -> tokens a sample.
+        tokens: entry -> tokens a sample; "" -> tokens before any were merged, where they are frames.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -100,9 +104,9 @@ class _Spent:
 
 @contextmanager
 def _spending(model: nn.Module, x: Tensor) -> Iterator[_Spent]:
-    """Add up what every adaptive module of `model` spends inside the context."""
-    spent: Any = _Spent(x)
-    modules = [m for m in model.modules() if isinstance(m, AdaptiveModule)]
+    """Add up what every module with a place for a recorder spends inside the context."""
+    spent = _Spent(x)
+    modules: list[Any] = [m for m in model.modules() if hasattr(m, "recorder")]
     for module in modules:
         module.recorder = spent
     try:
@@ -135,23 +139,49 @@ def schedule_at(merging: Merging, budget: Tensor) -> list[int | Tensor]:
     return [table_at(pairs, budget) if len(set(pairs)) > 1 else pairs[0] for pairs in columns]
 
 
+@dataclass(frozen=True)
+class AnyLength:
+    """In the place of a plan's `Merging` where frames are merged: stretches a schedule of tensors to any length."""
+
+    merging: Merging
+
+    def at(self, tokens: int | Tensor, schedule: Sequence[int | Tensor]) -> tuple[Merging, list[int | Tensor]]:
+        """`Merging.at` of a length and of numbers that are known at run time alone.
+
+        What a bisection finds in Python, the smallest share in thousandths that saves enough, is found by trying all of
+        them at once. Numbers are whole, in double precision, until they are returned.
+        """
+        length = tokens if isinstance(tokens, Tensor) else torch.scalar_tensor(tokens, dtype=torch.float64)
+        near, length = self.merging, length.double()
+        far: Any = replace(near, tokens=length)
+        shares = torch.tensor([k / 1000 for k in range(2001)], dtype=torch.float64) * length / near.tokens
+        left, pairs = length - near.prefix, []
+        for r in schedule:
+            pairs.append(torch.minimum((shares * r).round(), (left / 2).floor()))
+            left = left - pairs[-1]
+        wanted = torch.as_tensor(near._saved(schedule, near.linear_macs)).double() / near._cost() * far._cost()
+        first = (far._saved(pairs, near.linear_macs)[:-1] < wanted).sum()
+        same = length == near.tokens
+        return far, [torch.where(same, r, p[first].long()) for r, p in zip(schedule, pairs, strict=True)]
+
+
 def table_at(values: Sequence[int], budget: Tensor) -> Tensor:
     """The value () for a budget (), of one for each thousandth from 0 to 1."""
     return torch.tensor(values)[(budget * 1000).round().long()]
 
 
 @contextmanager
-def merging_by(model: nn.Module, schedule: Sequence[int | Tensor]) -> Iterator[None]:
-    """Merge by this schedule inside the context; the one in force comes back after it."""
+def merging_by(model: nn.Module, schedule: Sequence[int | Tensor], merging: AnyLength | None = None) -> Iterator[None]:
+    """Merge by this schedule inside the context, stretched by `merging`; what was in force comes back after it."""
     hooks = hooks_of(model)
-    before = [hook.r for hook in hooks]
+    before = [(hook.r, hook.merging) for hook in hooks]
     for hook, r in zip(hooks, schedule or [0] * len(hooks), strict=True):
-        hook.r = r
+        hook.r, hook.merging = r, merging
     try:
         yield
     finally:
-        for hook, r in zip(hooks, before, strict=True):
-            hook.r = r
+        for hook, old in zip(hooks, before, strict=True):
+            hook.r, hook.merging = old
 
 
 def trace(model: Any, *, fused_attention: bool = True, samples: int = 2, compute: bool = False) -> ExportedProgram:
@@ -159,7 +189,7 @@ def trace(model: Any, *, fused_attention: bool = True, samples: int = 2, compute
 
     Args:
         model: adaptive, on the CPU; left as it was.
-        fused_attention: keep timm's one operator for attention; ONNX cannot break it up once tokens are merged.
+        fused_attention: keep one operator for attention; ONNX cannot break it up once tokens are merged.
         samples: in the example that is traced.
         compute: also return what each sample cost, a share of the dense MACs, (B,).
     """
@@ -175,29 +205,33 @@ def trace(model: Any, *, fused_attention: bool = True, samples: int = 2, compute
 
 
 @contextmanager
-def _attention(model: nn.Module, fused: bool) -> Iterator[None]:
-    """Switch timm's attention layers to products of matrices inside the context, unless `fused`."""
-    layers: list[Any] = [] if fused else [m for m in model.modules() if getattr(m, "fused_attn", False)]
+def _attention(model: Any, fused: bool) -> Iterator[None]:
+    """Switch attention to products of matrices inside the context, unless `fused`; of speech, if frames are merged."""
+    layers: list[Any] = [] if fused else [m for m in model.modules() if getattr(m, "fused_attn", False)]  # of timm
+    speech = not fused and is_speech(model) and model.plan.merging is not None
+    before = model.config._attn_implementation if speech else None
     for layer in layers:
         layer.fused_attn = False
+    if speech:
+        model.set_attn_implementation("eager")
     try:
         yield
     finally:
         for layer in layers:
             layer.fused_attn = True
+        if speech:
+            model.set_attn_implementation(before)
 
 
 def check_exportable(model: Any) -> None:
     """Raise unless one graph can serve every input of this model.
 
     Raises:
-        AcmizeError: a method without operators of its own, frames that are merged, a model that is not on the CPU.
+        AcmizeError: a method without operators of its own, a model that is not on the CPU.
     """
     if not isinstance(model.plan.config, AcmConfig):
         name = method_for(model.plan.config).name
         raise AcmizeError(f"export: found method {name}, expected acm; other methods run in Python alone so far")
-    if model.plan.merging is not None and model.plan.merging.neighbours:
-        raise AcmizeError("export: found merged frames, expected none in a file so far; convert with --merge none")
     device = next(model.parameters()).device.type
     if device != "cpu":
         raise AcmizeError(f"export: found a model on {device}, expected cpu; move it there with model.cpu()")

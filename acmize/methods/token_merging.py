@@ -23,13 +23,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from acmize.merge_pairs import fold, merge, neighbours, places
+from acmize.merge_pairs import fold, merge, neighbours, places, rows_of
 from acmize.padding import Padding, class_path
 
 # --- hooks ----------------------------------------------------------------------------------------------------
@@ -59,6 +59,12 @@ class MergeState:
             self._local.mask = self._local.sizes.log()[:, None, None, :].to(dtype)
         return self._local.mask
 
+    def holder(self, frames: int) -> Tensor:
+        """(B, frames) the token that holds each frame of the first block: what a token holds follows one on another."""
+        sizes = self._local.sizes.long()
+        marks = sizes.new_zeros(sizes.shape[0], frames + 1)
+        return marks.scatter(1, sizes.cumsum(1) - sizes, 1).cumsum(1)[:, :frames] - 1
+
     @property
     def frames(self) -> Frames | None:
         """The frames of a recording since the first block; None for images."""
@@ -78,23 +84,22 @@ class MergeState:
         self._local.trace = trace
 
 
-@dataclass
+@dataclass(frozen=True)
 class Frames:
-    """The frames of recordings on their way through the blocks.
+    """The frames of recordings at the first block.
 
     Attributes:
-        counts: real frames of each recording at the first block.
-        left: tokens of each recording now.
-        pairs: of each recording, how many are merged before each block.
-        holder: (B, T) the token that holds each frame of the first block; None before the first merge.
-        at: (B, T') where in time each token is, in frames, likewise; None where nothing turns by it.
+        counts: real ones of each recording; a single number where all have as many.
+        pairs: likewise, how many are merged before each block; tensors () where a program is exported that computes
+            them.
     """
 
     counts: list[int]
-    left: list[int]
-    pairs: list[tuple[int, ...]]
-    holder: Tensor | None = None
-    at: Tensor | None = None
+    pairs: list[Sequence[int | Tensor]]
+
+    def left(self, block: int) -> list[int]:
+        """Tokens in this block, likewise."""
+        return [count - sum(map(int, pairs[: block + 1])) for count, pairs in zip(self.counts, self.pairs, strict=True)]
 
 
 class MergeHook:
@@ -109,6 +114,7 @@ class MergeHook:
 
     def __init__(self, state: MergeState, r: int | Tensor, prefix: int, first: bool) -> None:
         self.state, self.r, self.prefix, self.first = state, r, prefix, first
+        self.merging: Any = None  # of the plan, where frames are merged
         self._entered: tuple[Tensor | None, Frames | None] = (None, None)  # before this block in the last forward
 
     def __call__(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -141,11 +147,9 @@ class MergeHook:
         if torch.compiler.is_compiling():  # what is traced is no tensor to be kept
             return
         if torch._C._current_graph_task_id() == -1:
-            frames = self.state.frames
-            self._entered = self.state.sizes, frames and replace(frames, left=list(frames.left))
+            self._entered = self.state.sizes, self.state.frames
         else:
-            self.state.sizes, frames = self._entered
-            self.state.frames = frames and replace(frames, left=list(frames.left))
+            self.state.sizes, self.state.frames = self._entered
 
 
 class FrameMergeHook(MergeHook):
@@ -174,21 +178,29 @@ class FrameMergeHook(MergeHook):
         """`(x, ...)` -> the same with x merged, and mask and positions of what is left."""
         state, x = self.state, args[0]
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        if torch.compiler.is_exporting():  # a program takes recordings of one length; what is traced has a mask for all
+            mask = None
         if self.first:
             self._begin(x, mask)
             if block.recorder is not None:
                 block.recorder.tokens[""] = torch.tensor(self._frames.counts, device=x.device)
         self._enter()
-        if any(pairs[self.index] for pairs in self._frames.pairs):
-            x = self._merged(x, state.sizes if state.sizes is not None else _real(x, mask).to(x.dtype))
-        frames = self._frames
+        r = [pairs[self.index] for pairs in self._frames.pairs]
+        if any(isinstance(pairs, Tensor) or pairs for pairs in r):
+            sizes = state.sizes
+            if sizes is None:
+                sizes = _real(x, mask).to(torch.promote_types(x.dtype, torch.float32))  # they have to stay whole
+            x = self._merged(x, sizes, r)
+        sizes = state.sizes
         if state.trace is not None:
-            every = torch.arange(max(frames.counts), device=x.device).expand(len(x), -1)
-            state.trace.append(every if frames.holder is None else frames.holder)
-        if state.sizes is None:
+            frames = max(self._frames.counts)
+            every = torch.arange(frames, device=x.device).expand(len(x), -1)
+            state.trace.append(every if sizes is None else state.holder(frames))
+        if sizes is None:
             return args, kwargs
         if self.rotary is not None:
-            kwargs = {**kwargs, "position_embeddings": self.rotary(x, position_ids=frames.at)}
+            at = sizes.cumsum(1) - (sizes + 1) / 2  # the mean of the frames that a token holds
+            kwargs = {**kwargs, "position_embeddings": self.rotary(x, position_ids=at)}
         if len(args) > 1:
             return (x, state.mask(x.dtype), *args[2:]), kwargs
         return (x,), {**kwargs, "attention_mask": state.mask(x.dtype)}
@@ -200,38 +212,29 @@ class FrameMergeHook(MergeHook):
         return frames
 
     def _begin(self, x: Tensor, mask: Tensor | None) -> None:
-        counts = [x.shape[1]] * len(x) if mask is None else _real(x, mask).sum(1).tolist()
-        schedule = tuple(int(hook.r) for hook in self.hooks)
-        pairs = [self.merging.at(count, schedule)[1] for count in counts]
-        self.state.sizes, self.state.frames = None, Frames(counts, list(counts), pairs)
+        counts = [x.shape[1]] if mask is None else _real(x, mask).sum(1).tolist()
+        schedule = tuple(hook.r for hook in self.hooks)
+        self.state.sizes = None
+        self.state.frames = Frames(counts, [self.merging.at(count, schedule)[1] for count in counts])
 
-    def _merged(self, x: Tensor, sizes: Tensor) -> Tensor:
-        frames = self._frames
-        r = [pairs[self.index] for pairs in frames.pairs]
+    def _merged(self, x: Tensor, sizes: Tensor, r: Sequence[int | Tensor]) -> Tensor:
+        if isinstance(r[0], Tensor):
+            x, self.state.sizes = torch.ops.acmize.merge_neighbours(x, sizes, r[0])
+            return x
+        left = self._frames.left(self.index)
         holder = neighbours(x, sizes, torch.tensor(r, device=x.device))
-        frames.left = [left - gone for left, gone in zip(frames.left, r, strict=True)]
-        if self.rotary is not None:
-            at = torch.arange(x.shape[1], device=x.device).expand(len(x), -1) if frames.at is None else frames.at
-            frames.at = fold(at[..., None].to(sizes), sizes, holder, max(frames.left))[0][..., 0]
-        x, self.state.sizes = fold(x, sizes, holder, max(frames.left))
-        frames.holder = holder if frames.holder is None else holder.gather(1, frames.holder)
-        if self.padding is not None and min(frames.left) < max(frames.left):
+        x, self.state.sizes = fold(x, sizes, holder, max(left))
+        if self.padding is not None and min(left) < max(left):
             self.padding.publish(self.state.sizes > 0)
         return x
 
     def restore(self, _block: nn.Module, _args: Any, output: Any) -> Any:
         """Forward hook of the last block: its output (B, T', D), alone or first of a tuple, for every frame again."""
         frames, self.state.frames = self.state.frames, None
-        if frames is None or frames.holder is None:
+        if frames is None or self.state.sizes is None:
             return output
-        x = output if isinstance(output, Tensor) else output[0]
-        x = x[_each(frames.holder)]
+        x = rows_of(output if isinstance(output, Tensor) else output[0], self.state.holder(max(frames.counts)))
         return x if isinstance(output, Tensor) else (x, *output[1:])
-
-
-def _each(index_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """The index of each sample, for its rows (B, T, ...)."""
-    return torch.arange(len(index_BT), device=index_BT.device)[:, None], index_BT
 
 
 def _real(x: Tensor, mask: Tensor | None) -> Tensor:
