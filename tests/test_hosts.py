@@ -358,7 +358,7 @@ MUST = (
 
 @pytest.mark.parametrize("path", MUST)
 def test_canary_of_timm(path: str) -> None:
-    """Fails where a version of timm renames a class that must be known: lowest 1.0.16, newest seen 1.0.31."""
+    """Fails where a version of timm renames a class that must be known: lowest 1.0.22, newest seen 1.0.31."""
     module, _, name = path.rpartition(".")
     cls = getattr(importlib.import_module(module), name, None)
     assert cls in HANDLERS, f"timm {timm.__version__}: hosts.py finds no {path}"
