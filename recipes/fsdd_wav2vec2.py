@@ -57,7 +57,7 @@ def main() -> None:
     bench = SpeechBench(rows, dense, data, limit, size=16)
     recipe = resolve(
         options,
-        {"budget": 0.5, "budgets": args.budgets, "limit": limit, "batch_size": 16},
+        {"budget": 0.5, "budgets": args.budgets, "limit": limit, "batch_size": 16, "merge": "none"},
         {"train": {"epochs": 1 if args.smoke else 4}},
         {"acm": {"gate_hidden": 8, "projections": "none" if args.mlp_only else "rotated"}},
     )  # fmt: skip

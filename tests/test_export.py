@@ -69,12 +69,12 @@ def test_dial_and_schedule_in_the_graph_are_those_of_python(fixed: int | None) -
     )  # fmt: skip
     table = Calibration(budgets=(1.0, 0.75, 0.5, 0.1), dials=(0.2, 0.4, 0.6, 0.8))
     found = set()
-    for budget in torch.linspace(0.05, 1.0, 200, dtype=torch.float64):
+    for budget in torch.linspace(0.05, 1.0, 40, dtype=torch.float64):
         schedule = tuple(int(r) for r in schedule_at(merging, budget))
         assert schedule == merging.schedule(budget.item())
         assert dial_at(table, budget).item() == pytest.approx(table.dial(budget.item()), abs=1e-12)
         found.add(schedule)
-    assert len(found) > 50 if fixed is None else len(found) == 1
+    assert len(found) > 30 if fixed is None else len(found) == 1
 
 
 # --- files ----------------------------------------------------------------------------------------------------
