@@ -19,7 +19,7 @@ ROWS = 4  # fewer samples than so many are run, or multiples of it
 
 def at_once(x: Tensor) -> int:
     """Samples of x (B, ...) that are run at once."""
-    return max(ROWS, CHUNK // (x[0].numel() * x.element_size()) // ROWS * ROWS)
+    return max(ROWS, CHUNK // max(1, x.shape[1:].numel() * x.element_size()) // ROWS * ROWS)
 
 
 def rounded(rows: Tensor) -> Tensor:

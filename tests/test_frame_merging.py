@@ -177,6 +177,10 @@ def test_recordings_are_merged_as_if_alone(name: str, attention: str) -> None:
         with torch.no_grad(), record(model, 1) as own:
             expected = forward(model, alone).logits[0]
         torch.testing.assert_close(together[i, : len(expected)], expected, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            padded = forward(model, batch[i : i + 1]).logits[0]  # as another process has it: padding behind all of it
+        assert padded.shape == together[i].shape
+        torch.testing.assert_close(padded[: len(expected)], expected, rtol=1e-4, atol=1e-5)
         one, whole = plan.account(own.executed().double(), own.tokens, plan.schedule(0.6))
         assert (spent[i].item(), dense[i].item()) == pytest.approx((one.item(), whole.item()))
 

@@ -92,10 +92,12 @@ class Frames:
         counts: real ones of each recording; a single number where all have as many.
         pairs: likewise, how many are merged before each block; tensors () where a program is exported that computes
             them.
+        padded: frames of the batch, padding included.
     """
 
     counts: list[int]
     pairs: list[Sequence[int | Tensor]]
+    padded: int
 
     def left(self, block: int) -> list[int]:
         """Tokens in this block, likewise."""
@@ -215,7 +217,7 @@ class FrameMergeHook(MergeHook):
         counts = [x.shape[1]] if mask is None else _real(x, mask).sum(1).tolist()
         schedule = tuple(hook.r for hook in self.hooks)
         self.state.sizes = None
-        self.state.frames = Frames(counts, [self.merging.at(count, schedule)[1] for count in counts])
+        self.state.frames = Frames(counts, [self.merging.at(count, schedule)[1] for count in counts], x.shape[1])
 
     def _merged(self, x: Tensor, sizes: Tensor, r: Sequence[int | Tensor]) -> Tensor:
         if isinstance(r[0], Tensor):
@@ -233,7 +235,7 @@ class FrameMergeHook(MergeHook):
         frames, self.state.frames = self.state.frames, None
         if frames is None or self.state.sizes is None:
             return output
-        x = rows_of(output if isinstance(output, Tensor) else output[0], self.state.holder(max(frames.counts)))
+        x = rows_of(output if isinstance(output, Tensor) else output[0], self.state.holder(frames.padded))
         return x if isinstance(output, Tensor) else (x, *output[1:])
 
 
