@@ -46,26 +46,34 @@ def test_a_schedule_is_stretched_in_the_graph_as_in_python(rule: Any) -> None:
 
 
 class Merge(nn.Module):
-    """The operator by itself."""
+    """An operator by itself: of neighbours, or (with a prefix) of any two tokens."""
+
+    def __init__(self, prefix: int | None) -> None:
+        super().__init__()
+        self.prefix = prefix
 
     def forward(self, x: Tensor, sizes: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.acmize.merge_neighbours(x, sizes, r)
+        if self.prefix is None:
+            return torch.ops.acmize.merge_neighbours(x, sizes, r)
+        return torch.ops.acmize.merge(x, sizes, r, self.prefix)
 
 
-def test_neighbours_merge_in_onnx_as_in_torch(tmp_path: Path) -> None:
-    free = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+@pytest.mark.parametrize("prefix", [None, 1])
+def test_merging_in_onnx_is_that_of_torch(prefix: int | None, tmp_path: Path) -> None:
+    """Order included, on which later merges depend."""
+    merge, free = Merge(prefix).eval(), {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     example = (torch.randn(2, 9, 6), torch.ones(2, 9), torch.tensor(2))
     program = torch.onnx.export(
-        Merge().eval(), example, dynamic_shapes=(free, free, None), custom_translation_table=TRANSLATIONS, verbose=False
+        merge, example, dynamic_shapes=(free, free, None), custom_translation_table=TRANSLATIONS, verbose=False
     )
     assert program is not None
     program.save(tmp_path / "merge.onnx")
     loaded = session(tmp_path / "merge.onnx")
     names = [given.name for given in loaded.get_inputs()]
-    for samples, frames, pairs in ((1, 2, 1), (3, 10, 5), (3, 11, 5), (2, 11, 1), (2, 10, 0), (1, 501, 200)):
-        x, sizes = torch.randn(samples, frames, 6), torch.randint(1, 4, (samples, frames)).float()
-        expected = Merge()(x, sizes, torch.tensor(pairs))
-        assert expected[0].shape == (samples, frames - pairs, 6)
+    for samples, tokens, pairs in ((1, 3, 1), (3, 10, 4), (3, 11, 5), (2, 11, 1), (2, 10, 0), (1, 501, 200)):
+        x, sizes = torch.randn(samples, tokens, 6), torch.randint(1, 4, (samples, tokens)).float()
+        expected = merge(x, sizes, torch.tensor(pairs))
+        assert expected[0].shape == (samples, tokens - pairs, 6)
         feed = dict(zip(names, (x.numpy(), sizes.numpy(), torch.tensor(pairs).numpy()), strict=True))
         for mine, theirs in zip(loaded.run(None, feed), expected, strict=True):
             torch.testing.assert_close(torch.from_numpy(mine), theirs, rtol=1e-5, atol=1e-5)

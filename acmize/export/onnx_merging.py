@@ -14,11 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from acmize.export.onnx_ops import END, FLOAT, Value, array, integer, integers, op, width
+from acmize.export.onnx_ops import END, FLOAT, Value, array, either, integer, integers, op, recorder, width
 
 
 def merge(x: Value, sizes: Value, r: Value, prefix: int) -> tuple[Value, Value]:
-    """`token_merging.merge` of x (B, T, D), sizes (B, T) by r () pairs; sums over pairs are a product with 0 and 1."""
+    """`merge_pairs.merge` of x (B, T, D), sizes (B, T) by r () pairs; without a pair tokens keep their order."""
+    name = f"merge_{len(recorder().nodes)}"
+    out, left = either(
+        op.Equal(r, integer(0)),
+        {f"{name}_none": lambda: (op.Identity(x), op.Identity(sizes)), name: lambda: _merged(x, sizes, r, prefix)},
+    )
+    return out, left
+
+
+def _merged(x: Value, sizes: Value, r: Value, prefix: int) -> tuple[Value, Value]:
+    """By one pair or more; sums over pairs are a product with 0 and 1."""
     b_from = prefix + 1
     a, b = op.Slice(x, [prefix], [END], [1], [2]), op.Slice(x, [b_from], [END], [1], [2])
     size_a, size_b = op.Slice(sizes, [prefix], [END], [1], [2]), op.Slice(sizes, [b_from], [END], [1], [2])

@@ -176,36 +176,38 @@ def _cheaper(
     left_out = np.asarray(bounds[-1] - np.asarray(bounds), np.float32) * heads * dim
     worth = left_out - MOVE_MACS * (2 * dim + 3 * out)
     gain = op.ReduceSum(op.Gather(array(worth.astype(np.float32)), choice), [0], keepdims=0)
-    node = ir.Node(
-        "",
-        "If",
-        [op.Greater(gain, array(np.float32(OVERHEAD_MACS)))],
-        [
-            ir.AttrGraph("then_branch", _branch(skipping, f"{weight.name}_skipping")),
-            ir.AttrGraph("else_branch", _branch(masked, f"{weight.name}_masked")),
-        ],
-    )
-    _recorder().nodes.append(node)
-    return node.outputs[0]
+    skips = op.Greater(gain, array(np.float32(OVERHEAD_MACS)))
+    branches = {f"{weight.name}_skipping": lambda: (skipping(),), f"{weight.name}_masked": lambda: (masked(),)}
+    return either(skips, branches)[0]
 
 
-def _branch(write: Callable[[], Value], name: str) -> ir.Graph:
+def either(condition: Value, branches: dict[str, Callable[[], Sequence[Value]]]) -> Sequence[Value]:
+    """An `If`: what the first of two named branches writes where the condition () holds, else what the second does."""
+    then, other = (_branch(write, name) for name, write in branches.items())
+    attributes = [ir.AttrGraph("then_branch", then), ir.AttrGraph("else_branch", other)]
+    node = ir.Node("", "If", [condition], attributes, num_outputs=len(then.outputs))
+    recorder().nodes.append(node)
+    return node.outputs
+
+
+def _branch(write: Callable[[], Sequence[Value]], name: str) -> ir.Graph:
     """What `write` emits, as a graph of its own that may read the values around it; no other value has its names."""
-    recorder = _recorder()
-    nodes, constants = recorder.nodes, recorder.constant_farm
-    recorder.nodes, recorder.constant_farm = [], {}  # a constant of one branch is not seen by the other
+    around = recorder()
+    nodes, constants = around.nodes, around.constant_farm
+    around.nodes, around.constant_farm = [], {}  # a constant of one branch is not seen by the other
     try:
-        out, inner = write(), recorder.nodes
+        out, inner = write(), around.nodes
     finally:
-        recorder.nodes, recorder.constant_farm = nodes, constants
+        around.nodes, around.constant_farm = nodes, constants
     for i, node in enumerate(inner):
         node.name = f"{name}_{i}"
         for j, value in enumerate(node.outputs):
             value.name = f"{name}_{i}_{j}"
-    return ir.Graph((), [out], nodes=inner, name=name)
+    return ir.Graph((), list(out), nodes=inner, name=name)
 
 
-def _recorder() -> Any:
+def recorder() -> Any:
+    """Where operators are written to."""
     return evaluator.default()
 
 
