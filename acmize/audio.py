@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,9 +183,7 @@ def open_audio(path: str | Path | datasets.DatasetDict, *, limit: int | None = N
     if limit is not None and limit < 1:
         raise AcmizeError(f"limit: found {limit}, expected at least 1; leave it out to take all recordings")
     splits, name = _load(path)
-    by_name = {str(key).lower(): data for key, data in splits.items()}
-    test = next((by_name[key] for key in TEST_NAMES if key in by_name), None)
-    train = by_name.get("train")
+    train, test = _train_and_test(splits)
     if train is None and test is None:
         found = ", ".join(map(repr, splits))
         raise AcmizeError(f"data {name!r}: found the splits {found}, expected 'train' or 'test'; rename the folders")
@@ -208,8 +206,7 @@ def stream_audio(path: Any) -> tuple[Any, Any, str]:
     import datasets
 
     splits, name = _load(path, streaming=True)
-    by_name = {str(key).lower(): data for key, data in splits.items()}
-    found = [by_name.get("train"), next((by_name[key] for key in TEST_NAMES if key in by_name), None)]
+    found = _train_and_test(splits)
     for place, stream in enumerate(found):
         if stream is None:
             continue
@@ -247,6 +244,12 @@ def buckets(
         shuffled = numpy_generator(Stream.ORDER, seed, *numbers, 1).permutation(len(batches))
         batches = [batches[i] for i in shuffled]
     return batches
+
+
+def _train_and_test(splits: Mapping[Any, Any]) -> list[Any]:
+    """The two splits that are used, by the names they usually have; None where there is none."""
+    by_name = {str(key).lower(): data for key, data in splits.items()}
+    return [by_name.get("train"), next((by_name[key] for key in TEST_NAMES if key in by_name), None)]
 
 
 def _load(path: Any, streaming: bool = False) -> tuple[Any, str]:

@@ -182,18 +182,15 @@ class Speech:
     """
 
     def __init__(self, data: Any, model: Any, recipe: Recipe) -> None:
-        head = None
         if recipe.streaming:
             splits, head = open_audio_stream(data, recipe)
+            fit, held = head.fit, head.held
         else:
-            splits = open_audio(data, limit=recipe.limit, seed=recipe.seed)
-        self.name, self.listener = splits.name, Listener(model)
-        if splits.train is None:
-            raise AcmizeError(f"data {splits.name}: found no train split, expected one to fit on; add train/")
-        if head is None:
+            splits, head = open_audio(data, limit=recipe.limit, seed=recipe.seed), None
+            if splits.train is None:
+                raise AcmizeError(f"data {splits.name}: found no train split, expected one to fit on; add train/")
             fit, held = split_holdout(splits.train, recipe.holdout, recipe.seed)
-        else:
-            fit, held = splits.train, head.held
+        self.name, self.listener = splits.name, Listener(model)
         rate = self.listener.processor.rate
         self.unreadable = Unreadable(recipe.max_corrupt)
         self.fit = splits.audio(fit, "train", rate, self.unreadable)

@@ -15,6 +15,7 @@ from torch import nn
 from acmize import cli
 from acmize.api import convert
 from acmize.models import load_model
+from acmize.phases import _loop
 from acmize.quickstart_model import digits_dataset
 from acmize.recipe import Recipe, resolve
 
@@ -102,3 +103,30 @@ def timeless(results: Any) -> Any:
     if isinstance(results, dict):
         return {k: timeless(v) for k, v in results.items() if k not in ("seconds", "latency_ms")}
     return [timeless(v) for v in results] if isinstance(results, list) else results
+
+
+class Killed(BaseException):
+    """Stands for a kill: no handler for errors catches it."""
+
+
+def kill(monkeypatch: pytest.MonkeyPatch, phase: str, after: int) -> list[Path]:
+    """Let the `after`-th checkpoint of a phase be written, then stop at the next one; a checkpoint every step.
+
+    Returns:
+        The folders that this phase's checkpoints were to go to, one for each, as they come.
+    """
+    save, seen, configs = _loop.save_training_state, [], _loop.FitConfig.__init__
+
+    def counting(folder: Path, **state: Any) -> None:
+        if Path(folder).name == phase:
+            seen.append(folder)
+            if len(seen) > after:
+                raise Killed
+        save(folder, **state)
+
+    def often(self: Any, **options: Any) -> None:
+        configs(self, **{**options, "checkpoint_every": 1})
+
+    monkeypatch.setattr(_loop, "save_training_state", counting)
+    monkeypatch.setattr(_loop.FitConfig, "__init__", often)
+    return seen

@@ -12,39 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from short import converted, same_state, timeless
+from short import Killed, converted, kill, same_state, timeless
 
 from acmize.errors import AcmizeError
-from acmize.phases import _loop
 
 OPTIONS = {"train": {"epochs": 2}, "distill": {"epochs": 2}, "gates": {"rounds": 2}}
-
-
-class Killed(BaseException):
-    """Stands for a kill: no handler for errors catches it."""
 
 
 @pytest.fixture(scope="module")
 def unbroken() -> Any:
     return converted(OPTIONS)
-
-
-def kill(monkeypatch: pytest.MonkeyPatch, phase: str, after: int) -> None:
-    """Let the `after`-th checkpoint of a phase be written, then stop at the next one; a checkpoint every step."""
-    save, seen, configs = _loop.save_training_state, [], _loop.FitConfig.__init__
-
-    def counting(folder: Path, **state: Any) -> None:
-        if Path(folder).name == phase:
-            seen.append(folder)
-            if len(seen) > after:
-                raise Killed
-        save(folder, **state)
-
-    def often(self: Any, **options: Any) -> None:
-        configs(self, **{**options, "checkpoint_every": 1})
-
-    monkeypatch.setattr(_loop, "save_training_state", counting)
-    monkeypatch.setattr(_loop.FitConfig, "__init__", often)
 
 
 @pytest.mark.parametrize(

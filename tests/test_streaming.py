@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from short import OPTIONS, converted, same_state, timeless
+from short import OPTIONS, Killed, converted, kill, same_state, timeless
 
 from acmize import streaming
 from acmize.api import convert
@@ -18,7 +18,6 @@ from acmize.data import train_transform
 from acmize.errors import AcmizeError
 from acmize.images import Images
 from acmize.models import load_model
-from acmize.phases import _loop
 from acmize.quickstart_model import digits_dataset
 from acmize.recipe import resolve
 
@@ -106,21 +105,9 @@ def test_a_streamed_conversion_resumes_alike(folder: Path, tmp_path: Path) -> No
     options = {"train": {"epochs": 2}, **STREAM}
     whole = converted(options, data=str(folder))
     assert not whole.results["left_out"]
-    save, seen, begin = _loop.save_training_state, [], _loop.FitConfig.__init__
-
-    def killed(place: Path, **state: Any) -> None:
-        seen.append(Path(place).name)
-        if seen.count("finetune") == 6:
-            raise KeyboardInterrupt
-        save(place, **state)
-
-    def often(config: Any, **given: Any) -> None:
-        begin(config, **{**given, "checkpoint_every": 1})
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_loop, "save_training_state", killed)
-        patch.setattr(_loop.FitConfig, "__init__", often)
-        with pytest.raises(KeyboardInterrupt):
+        kill(patch, "finetune", 5)
+        with pytest.raises(Killed):
             converted(options, data=str(folder), work=tmp_path / "work")
     made = converted(options, data=str(folder), work=tmp_path / "work", resume=True)
     assert same_state(made, whole)

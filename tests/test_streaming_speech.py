@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import torch
 import transformers as tf
-from short import command, refused, same_state, timeless
+from short import Killed, command, kill, refused, same_state, timeless
 from test_speech import _tokenizer
 from test_streaming import add
 from tiny_speech import SIZES, _ctc
@@ -23,7 +23,6 @@ from acmize.audio import POOL, buckets
 from acmize.errors import AcmizeError
 from acmize.hf_models import Processor
 from acmize.models import load_model
-from acmize.phases import _loop
 from acmize.recipe import resolve
 from acmize.speech import Speech
 from acmize.streaming import StreamedAudio
@@ -184,23 +183,11 @@ def test_a_streamed_conversion_resumes_alike(saved: Path, folder: Path, tmp_path
     whole = convert(load_model(str(saved)), data=data, **OPTIONS)
     assert not whole.results["left_out"]
     assert {row["budget"] for row in whole.results["results"]} == {0.95, 0.9}
-    save, seen, begin = _loop.save_training_state, [], _loop.FitConfig.__init__
-
-    def killed(place: Path, **state: Any) -> None:
-        seen.append(Path(place).name)
-        if seen.count("finetune") == 20:
-            raise KeyboardInterrupt
-        save(place, **state)
-
-    def often(config: Any, **given: Any) -> None:
-        begin(config, **{**given, "checkpoint_every": 1})
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_loop, "save_training_state", killed)
-        patch.setattr(_loop.FitConfig, "__init__", often)
-        with pytest.raises(KeyboardInterrupt):
+        seen = kill(patch, "finetune", 19)
+        with pytest.raises(Killed):
             convert(load_model(str(saved)), data=data, work=tmp_path / "work", **OPTIONS)
-    assert seen.count("finetune") == 20
+    assert len(seen) == 20
     made = convert(load_model(str(saved)), data=data, work=tmp_path / "work", resume=True, **OPTIONS)
     assert same_state(made, whole)
     assert timeless(made.results) == timeless(whole.results)

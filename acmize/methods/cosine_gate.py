@@ -79,7 +79,6 @@ class BlockGate(DamageGate):
 
     act = staticmethod(F.relu)
     _folded: tuple[Any, tuple[Tensor, ...]] | None = None
-    _sources: list[dict[str, Any]] | None = None
 
     def runs(self, x: Tensor) -> Tensor:
         """X (B, D) -> (B,) bool, what `forward` decides in fewer operations: a block of one sample is small."""
@@ -95,10 +94,8 @@ class BlockGate(DamageGate):
 
         Kept until a parameter or the dial changes.
         """
-        if self._sources is None:  # where modules keep their tensors: looking there is faster than asking them
-            self._sources = [m._parameters for m in self.modules()] + [self._buffers]
-        tensors = [t for source in self._sources for t in source.values() if t is not None]
-        key = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        sources = (*self.parameters(), self.dial, self.price)
+        key = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in sources)
         if self._folded is None or self._folded[0] != key:
             weight, bias = self.head()
             threshold = (self.price * self.cost[0, -1]).log() - bias[0]
