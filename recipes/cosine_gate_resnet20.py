@@ -71,7 +71,7 @@ def main() -> None:
     data, more = common.cifar10_options(args, "cosine-gate")
     more |= {"losses": {"budgets": (0.55, 0.85)}}
     if not args.smoke:
-        more |= {"gates": {"images": 2000, "budgets": (0.5, 0.95)}}
+        more |= {"gates": {"images": 8000, "budgets": (0.5, 0.95)}}  # one row an image: with 2,000 gates fit noise
     dense = common.resnet20(args)
 
     def recipe(name: str) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from acmize.damage import collect_damage
 from acmize.gates import Decision, Gate, choosing, full_width, gates_of
+from acmize.losses import gamma_deviance
 from acmize.phases.pretrain_gates import fit_damage_gates
 
 
@@ -200,3 +201,23 @@ def test_inputs_are_held_in_half_of_the_memory_and_fitted_alike() -> None:
     assert max((a - a.mean()).abs().max() for a in expected) > 0.5, "a fit that says the same of every token"
     for a, b in zip(expected, fitted, strict=True):
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.1)
+
+
+def test_a_gate_that_is_wrong_beyond_bounds_starts_afresh_and_one_that_knows_goes_on() -> None:
+    """Present predictions of e^-20 for damages of about 1 have gradients that AdamW does not recover from."""
+    dense: Any = vit()
+    model: Any = adapted(dense)[0]
+    data = collect(model, dense, images(8, seed=4), draws=2)
+    for rows in data.values():
+        rows.damage /= rows.damage.mean()
+    fit_damage_gates(data, steps=60, batch_tokens=64)
+    known = {gate: gate.log_damage(rows.x).detach() for gate, rows in data.items()}
+    fit_damage_gates(data, steps=1, batch_tokens=64, lr=1e-6, fresh=False)
+    for gate, rows in data.items():
+        torch.testing.assert_close(gate.log_damage(rows.x), known[gate], rtol=1e-3, atol=1e-3)
+    for gate in data:
+        gate.fc2.bias.data.sub_(20)
+    fit_damage_gates(data, steps=60, batch_tokens=64, fresh=False)
+    for gate, rows in data.items():
+        mean = rows.damage.mean(0).log().expand_as(rows.damage)
+        assert gamma_deviance(gate.log_damage(rows.x), rows.damage) < gamma_deviance(mean, rows.damage)

@@ -24,6 +24,8 @@ from acmize.losses import classification, gamma_deviance, threshold_labels
 from acmize.phases._capture import capture, tokens_of
 from acmize.phases._loop import FitConfig, History, fit
 
+ROWS = 4096  # inputs of a gate that are looked at at once
+
 
 def fit_damage_gates(
     data: dict[Gate, GateData],
@@ -47,7 +49,7 @@ def fit_damage_gates(
         batch_tokens: tokens a gate sees each step.
         lr: peak learning rate of AdamW, cosine to a tenth.
         seed: of the order of tokens and, when fresh, the weights.
-        fresh: start from new weights; else go on from the present ones (a later round).
+        fresh: start from new weights; else a later round goes on from the present ones, where they know something.
         name: of the phase, for progress and checkpoints.
         checkpoint: folder for checkpoints.
         resume: go on from the checkpoint there.
@@ -59,7 +61,7 @@ def fit_damage_gates(
         if not isinstance(gate, DamageGate):
             raise AcmizeError("gate labels 'damage' need damage gates; use --gate-labels threshold with this preset")
         mean, std = _moments(rows)
-        if fresh:
+        if fresh or not _knows(gate, rows):
             _start(gate, parallel.mean(rows.damage, (0,)), generator)
         else:
             _unfold(gate, mean, std)
@@ -115,6 +117,22 @@ def _start(gate: DamageGate, damage: Tensor, generator: torch.Generator) -> None
             layer.bias.zero_()
         gate.level.zero_()
         gate.fc2.bias.copy_((damage + 1e-9).log().flatten())
+
+
+@torch.no_grad()
+def _knows(gate: DamageGate, rows: GateData) -> bool:
+    """Whether a gate's present predictions are better than the mean damage, over the rows of all processes.
+
+    Where they are not, there is nothing to go on from, and the deviance, which is exponential in their error, fills
+    AdamW's second moments with gradients that it takes hundreds of steps to forget.
+    """
+    mean, device = (parallel.mean(rows.damage, (0,)) + 1e-9).log(), gate.fc1.weight.device
+    gained = torch.zeros(())
+    for x, damage, dial in zip(*(t.split(ROWS) for t in (rows.x, rows.damage, rows.dial)), strict=True):
+        if len(x):
+            present = gate.log_damage(x.float().to(device), dial.to(device)).cpu()
+            gained += len(x) * (gamma_deviance(mean.expand_as(damage), damage) - gamma_deviance(present, damage))
+    return bool(parallel.total(gained) > 0)
 
 
 @torch.no_grad()
