@@ -48,7 +48,7 @@ from acmize.phases.interpolate import interpolate_
 from acmize.phases.pretrain_gates import collect_errors, fit_classification_gates, fit_damage_gates
 from acmize.plan import Plan, Refusal
 from acmize.recipe import Recipe, resolve
-from acmize.site_times import site_times
+from acmize.site_times import SiteTime, site_times
 from acmize.speech import Listener, Speech, Spoken
 from acmize.weights import Weights
 
@@ -213,7 +213,10 @@ class _Conversion:
         return made.eval()
 
     def _fit_device(self, size: int) -> None:
-        """Leave sites dense whose learners do not pay on this device; a resumed conversion keeps the plan it had."""
+        """Leave sites dense whose learners do not pay on this device; a resumed conversion keeps the plan it had.
+
+        Where merging cannot reach the budget alone, those that lose the least time are kept all the same.
+        """
         kept = None if self.work is None else self.work / "device.json"
         if kept is not None and kept.exists():
             names, size = (read_json(kept)[key] for key in ("names", "size"))
@@ -226,18 +229,29 @@ class _Conversion:
                 log.info(
                     "%d entries like %s: %s; %s", len(t.names), t.names[0], told, "kept" if t.pays else "left dense"
                 )
-            names = [name for t in times if not t.pays for name in t.names]
-            if len(names) == len(self.plan.entries):
-                if self.plan.merging is None or self.plan.merging.fixed is not None:
-                    raise AcmizeError(
-                        f"fit_batch: no site pays on this device in batches of {size}; try a larger batch, "
-                        "merge tokens (--merge auto), or leave it out"
-                    )
-                log.info("no site pays in batches of %d: tokens are merged, and nothing else", size)
+            names = self._not_paying(times, size)
             if kept is not None and parallel.is_main():
                 write_json(kept, {"names": names, "size": size})
         self._replan(names, f"does not pay on this device in batches of {size}")
         self.plan.check_budget(self.recipe.budget)
+
+    def _not_paying(self, times: list[SiteTime], size: int) -> list[str]:
+        """Entries to leave dense, by the times of their places."""
+        losing = sorted((t for t in times if not t.pays), key=lambda t: t.adaptive_ms / t.dense_ms)
+        merges = self.plan.merging is not None and self.plan.merging.fixed is None
+        if not merges and len(losing) == len(times):
+            raise AcmizeError(
+                f"fit_batch: no site pays on this device in batches of {size}; try a larger batch, "
+                "merge tokens (--merge budget), or leave it out"
+            )
+        names = [name for t in losing for name in t.names]
+        while merges and losing and self._plan_without(names).budget_range[0] > self.recipe.budget:
+            least, *losing = losing
+            log.info("%d entries like %s: needed to reach %g", len(least.names), least.names[0], self.recipe.budget)
+            names = [name for t in losing for name in t.names]
+        if len(losing) == len(times):
+            log.info("no site pays in batches of %d: tokens are merged, and nothing else", size)
+        return names
 
     def _stage(self, name: str, run: Callable[[], None]) -> None:
         """Run a stage, or load what it left behind."""
@@ -331,16 +345,20 @@ class _Conversion:
     def _replan(self, names: list[str], reason: str) -> None:
         """Leave more entries dense: a new plan, and a new conversion of the dense model."""
         self.left_dense |= dict.fromkeys(names, reason)
-        recipe, left = self.recipe, self.left_dense
-        plan = make_plan(
-            self.dense, recipe.config, example=self.images.example, target_modules=recipe.target_modules,
-            exclude=(*recipe.exclude, *left), merge=recipe.merge,
-        )  # fmt: skip
-        if recipe.fit_batch is not None and plan.merging is not None:  # a merge takes time as well
-            plan = replace(plan, merging=replace(plan.merging, every=2))
+        plan, left = self._plan_without(self.left_dense), self.left_dense
         kept = [r for r in plan.refused if r.fqn not in left]
         self.plan = replace(plan, refused=(*kept, *(Refusal(fqn=name, reason=why) for name, why in left.items())))
         self.model = converted(self.dense, self.plan).eval()
+
+    def _plan_without(self, names: Iterable[str]) -> Plan:
+        recipe = self.recipe
+        plan = make_plan(
+            self.dense, recipe.config, example=self.images.example, target_modules=recipe.target_modules,
+            exclude=(*recipe.exclude, *names), merge=recipe.merge,
+        )  # fmt: skip
+        if recipe.fit_batch is None or plan.merging is None:
+            return plan
+        return replace(plan, merging=replace(plan.merging, every=2))  # a merge takes time as well
 
     def _gates(self) -> None:
         options, seed = self.recipe.gates, self.recipe.seed

@@ -175,7 +175,7 @@ def convert(
     num_learners: Learners = None,
     learner_dim: Width = None,
     gate_labels: Annotated[str | None, typer.Option(help="damage, or threshold (published)")] = None,
-    merge: Annotated[str | None, typer.Option(help="merge tokens: auto, none, or pairs before each block")] = None,
+    merge: Annotated[str | None, typer.Option(help="merge tokens: auto, budget, none, or pairs a block")] = None,
     epochs: Annotated[int | None, typer.Option(help="epochs of finetune")] = None,
     limit: Annotated[int | None, typer.Option(help="samples a split at most")] = None,
     streaming: Annotated[

@@ -133,9 +133,10 @@ class Recipe:
         losses: weights of phase 3.
         target_modules: globs or declarations, see `hosts.parse_targets`.
         exclude: globs of what stays dense.
-        merge: tokens merged before each block: "auto" (as suits the budget, where it is sound), "none", or a number.
-        fit_batch: leave sites dense whose learners do not pay on this device in batches of this size (measured); None:
-            convert whatever can be.
+        merge: tokens merged before each block: "budget" (as suits it), "auto" (so where it is sound), "none", or a
+            number.
+        fit_batch: leave sites dense whose learners do not pay on this device in batches of this size (measured), but
+            for those that the budget needs beside merging; None: convert whatever can be.
         data: where the data came from.
         streaming: read images or recordings as they come (`streaming`), in place of loading the data first.
         limit: samples a split at most; of a stream of unknown length, those that an epoch takes.

@@ -69,11 +69,21 @@ def test_neighbours_become_their_weighted_mean(frames: int, r: int) -> None:
 
 def merging(name: str) -> tuple[Any, Plan, Merging]:
     model: Any = HOSTS[name]()
-    plan = make_plan(model, CONFIG, merge="auto")
+    plan = make_plan(model, CONFIG, merge="budget")
     assert plan.merging is not None
     assert plan.merging.neighbours
     install_merging(model, plan.merging)
     return model, plan, plan.merging
+
+
+@pytest.mark.parametrize("name", ["moonshine", "whisper", "wav2vec2", "hubert pre-norm"])
+def test_auto_leaves_frames_apart_that_have_labels_of_their_own(name: str) -> None:
+    model, labelled = HOSTS[name](), name in ("wav2vec2", "hubert pre-norm")
+    plan, asked = (make_plan(model, CONFIG, merge=merge) for merge in ("auto", "budget"))
+    assert type(model).__name__.endswith("ForCTC") == labelled
+    assert (plan.merging is None) == labelled
+    assert any("--merge budget" in r.reason for r in plan.refused) == labelled
+    assert asked.merging is not None
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -160,7 +170,7 @@ def test_recordings_are_merged_as_if_alone(name: str, attention: str) -> None:
     """A batch of unequal lengths gives what its recordings give one by one, gates and merging on."""
     model: Any = HOSTS[name]()
     model.set_attn_implementation(attention)
-    plan = make_plan(model, CONFIG, merge="auto")
+    plan = make_plan(model, CONFIG, merge="budget")
     assert plan.merging is not None
     model = convert_(model, plan).eval()
     set_dial(model, 0.5)

@@ -84,6 +84,22 @@ def test_where_no_site_pays_tokens_alone_are_merged(monkeypatch: pytest.MonkeyPa
     assert torch.equal(logits(from_pretrained(tmp_path / "saved"), 0.6), logits(made, 0.6))
 
 
+def test_sites_that_lose_least_are_kept_where_merging_cannot_reach_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    def losing(_dense: Any, plan: Any, _inputs: Any, _seed: int) -> list[SiteTime]:
+        return [SiteTime((e.fqn,), 2.0, {"mlp": 2.5, "q": 2.4}.get(e.kind, 3.0)) for e in plan.entries]
+
+    monkeypatch.setattr(api, "site_times", losing)
+    alone = converted({"phases": [], "fit_batch": 4, "budget": 0.8, "budgets": []})
+    assert alone.plan.entries == ()
+    budget = round(alone.plan.budget_range[0] - 0.02, 2)
+    made = converted({"phases": [], "fit_batch": 4, "budget": budget, "budgets": []})
+    kinds = {e.kind for e in made.plan.entries}
+    assert "q" in kinds  # it loses least
+    assert not kinds & {"k", "v", "out"}
+    assert made.plan.budget_range[0] <= budget
+    assert made.results["results"][0]["macs_ratio"] == pytest.approx(budget, abs=0.06)
+
+
 def test_merging_alone_can_be_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "site_times", times(lambda _: False))
     options = {"fit_batch": 4, "budget": 0.6, "budgets": [0.6], "losses": {"task": 1.0, "entropy": 0.1}}

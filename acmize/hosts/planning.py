@@ -15,10 +15,11 @@ from acmize.cost import Work, count_macs, measure_work, tokens_at
 from acmize.errors import AcmizeError
 from acmize.hosts.sites import check_declared, parse_targets, sites_of, unfit, within
 from acmize.inputs import Inputs
-from acmize.methods.token_merging import Blocks, mergeable
+from acmize.methods.token_merging import Blocks, labels_frames, mergeable
 from acmize.plan import Merging, Plan, PlanEntry, Refusal, Site
 from acmize.registry import Refused, method_for
 
+_BY_BUDGET = ("auto", "budget")  # merges follow the budget
 _OUT = ("attn.proj", "o_proj", "out_proj")  # output projections of attention
 
 
@@ -68,8 +69,8 @@ def make_plan(
         target_modules: globs over sites, or declarations (see `parse_targets`).
         exclude: globs over entries, sites and their modules that stay dense; where that leaves none, and tokens may be
             merged, the plan merges tokens alone.
-        merge: merge tokens too: "none", "auto" (as many as suit the budget, where it is sound), or pairs before each
-            block at every budget.
+        merge: merge tokens too: "none", "budget" (as many as suit the budget), "auto" ("budget" where it is sound), or
+            pairs before each block at every budget.
 
     Raises:
         AcmizeError: nothing to convert, or a pattern that matches nothing.
@@ -124,8 +125,10 @@ def make_plan(
     if unused:
         raise AcmizeError(f"pattern {unused[0]!r} matches no site; `acmize plan` lists them")
     blocks = mergeable(model)
+    if merge == "auto" and labels_frames(model):
+        blocks = "token merging: each frame has a label of its own; --merge budget merges them all the same"
     excluded = any(r.reason.startswith("excluded") for r in refused)
-    alone = not drafts and excluded and merge == "auto" and not isinstance(blocks, str)
+    alone = not drafts and excluded and merge in _BY_BUDGET and not isinstance(blocks, str)
     if not drafts and not alone:
         told = [r for r in refused if "--num-learners" in r.reason] or refused
         why = f" ({told[0].fqn}: {told[0].reason})" if told else ""
@@ -208,8 +211,8 @@ def _merging(
     inputs: Any,
     lengths: tuple[float, float, float] | None,
 ) -> Merging:
-    if isinstance(merge, str) and merge != "auto":
-        raise AcmizeError(f"merge: found {merge!r}, expected auto, none, or a number of pairs")
+    if isinstance(merge, str) and merge not in _BY_BUDGET:
+        raise AcmizeError(f"merge: found {merge!r}, expected auto, budget, none, or a number of pairs")
     if isinstance(merge, int) and merge < 0:
         raise AcmizeError(f"merge: found {merge}, expected a number of pairs of at least 0")
     blocks: list[nn.Module] = list(model.get_submodule(where.path).children())
@@ -228,7 +231,7 @@ def _merging(
         macs=macs,
         linear_macs=tuple(linear),
         dense_macs=tuple(all_ - site for all_, site in zip(linear, sites, strict=True)),
-        fixed=None if merge == "auto" else int(merge),
+        fixed=None if merge in _BY_BUDGET else int(merge),
         path=where.path,
         neighbours=where.neighbours,
         **(_FRAMES if where.neighbours else {}),

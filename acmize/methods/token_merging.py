@@ -307,6 +307,11 @@ def _unfit_images(model: Any) -> str | None:
     return None
 
 
+def labels_frames(model: Any) -> bool:
+    """Whether every frame has a label of its own, which merging with its neighbours would drown: CTC and its like."""
+    return type(model).__name__.endswith(("ForCTC", "ForAudioFrameClassification"))
+
+
 def why_not(model: Any) -> str | None:
     """Why this model's tokens cannot be merged, or None."""
     found = mergeable(model)
