@@ -199,7 +199,7 @@ class _Conversion:
             self._stage("distill", self._distill)
         self._stage("gates", self._gates)
         if "finetune" in phases:
-            self.calibration = self._calibrate((0.9, 0.6, 0.4), 0.02)
+            self.calibration = self._calibrate(_down_to(self.recipe.losses.budgets[0], 0.9, 0.6, 0.4), 0.02)
             self._stage("finetune", self._finetune)
         budgets = sorted({*self.recipe.budgets, self.recipe.budget}, reverse=True)
         budgets = [b for b in budgets if b >= self.plan.budget_range[0]]
@@ -373,7 +373,7 @@ class _Conversion:
             )
             return
         for number in range(options.rounds):
-            calibration = self._calibrate((0.9, 0.7, 0.5), 0.03) if number else None
+            calibration = self._calibrate(_down_to(options.budgets[0], 0.9, 0.7, 0.5), 0.03) if number else None
             if calibration is not None and options.compensate:
                 self._compensate(calibration)
             batches = self.images.batches(self.images.fit, options.images, size=self.small_batch)
@@ -478,6 +478,11 @@ class _Conversion:
     def _described(self) -> dict[str, Any]:
         told = {"data": self.recipe.data or self.images.name, "seconds": self.seconds, "peak_gb": self.peaks}
         return {**self.recipe.to_dict(), **told, **self.measured}
+
+
+def _down_to(low: float, *budgets: float) -> tuple[float, ...]:
+    """Budgets to calibrate before a range of them is drawn from: these, and its end where they stop short of it."""
+    return budgets if low > min(budgets) - 0.06 else (*budgets, low)
 
 
 def evaluate_saved(

@@ -188,6 +188,7 @@ class DamageGate(Gate):
     """
 
     dial_range = (1e-7, 1e4)
+    steep_from, steepness = 0.95, 300.0  # e^15 more at the end: log damage is at most 10, a share of MACs may be 1e-4
     act = staticmethod(F.gelu)
 
     def __init__(self, spec: GateSpec) -> None:
@@ -229,10 +230,11 @@ class DamageGate(Gate):
         super().narrow_(choice)
 
     def price_at(self, dial: Any) -> Any:
-        """Logarithmic: damage spans many orders of magnitude."""
+        """Logarithmic: damage spans many orders of magnitude; at its end the dial outbids any damage."""
         low, high = map(math.log, self.dial_range)
-        price = low + dial * (high - low)
-        return price.exp() if isinstance(price, Tensor) else math.exp(price)
+        if isinstance(dial, Tensor):
+            return (low + dial * (high - low) + (dial - self.steep_from).clamp_min(0) * self.steepness).exp()
+        return math.exp(low + dial * (high - low) + max(0.0, dial - self.steep_from) * self.steepness)
 
 
 class ClassificationGate(Gate):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +262,20 @@ def resolve(*layers: dict[str, Any], preset_name: str = "default") -> Recipe:
     if not isinstance(gates, dict) or not isinstance(config, dict):
         raise AcmizeError("gates, config: expected options such as `acm: {num_learners: 4}`")
     _match(gates, config, name)
-    return Recipe.from_dict(merged)
+    return _reaching(Recipe.from_dict(merged), merged)
+
+
+def _reaching(recipe: Recipe, given: dict[str, Any]) -> Recipe:
+    """Ranges of budgets that were not given reach the smallest that is wanted: gates know what they have met."""
+    low = min(recipe.budget, *recipe.budgets)
+    if low >= FinetuneConfig.budgets[0]:
+        return recipe
+    wider = {
+        part: replace(options, budgets=(low, options.budgets[1]))
+        for part, options in (("gates", recipe.gates), ("losses", recipe.losses))
+        if "budgets" not in given.get(part, {})
+    }
+    return replace(recipe, **wider)
 
 
 def _match(gates: dict[str, Any], config: dict[str, Any], name: str) -> None:

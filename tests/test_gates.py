@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from tiny import CONFIG, Random, adapted, half_width, images, vit
-from torch import Tensor
+from torch import Tensor, nn
 
 from acmize import AcmConfig
 from acmize.gates import (
@@ -71,6 +73,22 @@ def test_a_higher_price_never_means_more_compute(kind: type[Gate]) -> None:
     assert (before == 0).all()
     gate.price.fill_(gate.price_at(0.0))
     assert (gate(x).choice == 3).float().mean() > 0.99
+
+
+def test_the_end_of_the_dial_outbids_any_damage_and_the_rest_is_a_logarithmic_scale() -> None:
+    """Samples of a CNN, and words that are a frame long, have damages beyond what the scale of tokens reaches."""
+    gate: Any = gate_of(DamageGate)
+    nn.init.constant_(gate.fc2.bias, 50.0)  # beyond what it may say
+    x = torch.randn(64, gate.fc1.in_features)
+    gate.price.fill_(gate.price_at(0.95))
+    assert gate(x).choice.max() == gate.num_learners
+    gate.price.fill_(gate.price_at(1.0))
+    assert (gate(x).choice == gate.min_choice).all()
+    prices = [math.log(gate.price_at(d / 20)) for d in range(21)]
+    steps = [b - a for a, b in pairwise(prices)]
+    assert steps[:-1] == pytest.approx([math.log(1e11) / 20] * 19)
+    assert steps[-1] > 10
+    assert gate.price_at(torch.tensor(0.97)).item() == pytest.approx(gate.price_at(0.97), rel=1e-4)
 
 
 def test_the_classification_gate_at_price_0_is_argmax() -> None:

@@ -35,6 +35,17 @@ def test_layers_are_not_changed() -> None:
     assert layer == {"acm": {"num_learners": 3}}
 
 
+def test_ranges_reach_the_smallest_budget_that_is_wanted() -> None:
+    usual, low = resolve({}), resolve({"budget": 0.5, "budgets": [0.8, 0.25]})
+    assert (usual.gates.budgets[0], usual.losses.budgets[0]) == (0.45, 0.4)
+    assert low.gates.budgets == (0.25, usual.gates.budgets[1])
+    assert low.losses.budgets == (0.25, usual.losses.budgets[1])
+    given = resolve({"budget": 0.25, "losses": {"budgets": (0.6, 0.8)}})
+    assert given.losses.budgets == (0.6, 0.8)
+    assert given.gates.budgets[0] == 0.25
+    assert resolve(low.to_dict()) == low
+
+
 def test_the_paper_preset() -> None:
     made = resolve({"budget": 0.7}, preset_name="paper")
     assert (made.config.gate, made.config.init, made.config.projections) == ("classification", "random", "lowrank")
