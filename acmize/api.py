@@ -27,7 +27,7 @@ from acmize.checkpoint import read_json, save_tensors, write_json
 from acmize.compensate import compensate_
 from acmize.damage import collect_damage
 from acmize.diagnose import Finding, check_gates, check_sites
-from acmize.environment import environment, peak_bytes
+from acmize.environment import environment, peak_bytes, release_memory
 from acmize.errors import AcmizeError
 from acmize.evaluate import evaluate, mean_error, reference
 from acmize.gates import choosing, full_width, set_dial
@@ -269,6 +269,7 @@ class _Conversion:
         before = len(self.findings)
         run()
         self.seconds[name], self.peaks[name] = time.perf_counter() - start, peak_bytes() / 1e9
+        release_memory()
         if done is not None and told is not None and parallel.is_main():
             found = [f.to_dict() for f in self.findings[before:]]
             write_json(told, {"seconds": self.seconds[name], "findings": found, "measured": self.measured})
@@ -388,6 +389,7 @@ class _Conversion:
                 name=f"gates-{number + 1}", **self._checkpoint(),
             )  # fmt: skip
             del data  # gigabytes, for a large model: gone before the next round collects as much
+            release_memory()
 
     def _compensate(self, calibration: Calibration) -> None:
         batches = self.images.batches(self.images.fit, self.recipe.moments, size=self.small_batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import platform
 import shutil
 import subprocess
 import sys
@@ -486,3 +487,23 @@ def test_loading_takes_the_model_and_hardly_more(tmp_path: Path) -> None:
     assert len(large) == 4
     assert all(size > 95e6 for size, _ in large)
     assert all(0.9 < ratio < 1.5 for _, ratio in large), large
+
+
+FREED = """
+from pathlib import Path
+import torch
+from acmize.environment import release_memory
+resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+held = [torch.ones(16_000) for _ in range(2000)]  # 128 MB in pieces that come from the heap
+last = torch.ones(16_000)  # keeps its top in use
+del held
+before = resident()
+release_memory()
+print((before - resident()) / 128e6)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
+    assert float(done.stdout) > 0.8
