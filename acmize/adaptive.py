@@ -45,7 +45,7 @@ class AcmMlp(AdaptiveModule):
         super().__init__(names)
         self.fc1, self.fc1_gate, self.fc2, self.act, self.gate = fc1, fc1_gate, fc2, act, gate
         self.channels_first = channels_first
-        self.drop = drop
+        self.drop1, self.drop2 = map(nn.Dropout, drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """X (..., D), or (B, D, H, W) when channels come first -> the same with O in D's place."""
@@ -72,8 +72,8 @@ class AcmMlp(AdaptiveModule):
 
     def forward_reference(self, x: Tensor, decision: Decision) -> Tensor:
         """All the work, then masks: x (..., D), tokens on the leading axes -> (..., O)."""
-        h = F.dropout(self.hidden(x), self.drop[0], self.training)
-        return F.dropout(self.fc2.masked(h, decision.group(0)), self.drop[1], self.training)
+        h = self.drop1(self.hidden(x))
+        return self.drop2(self.fc2.masked(h, decision.group(0)))
 
     def all_choices(self, x: Tensor) -> list[Tensor]:
         """X (M, D) -> one (M, N + 1, O): the output of every choice."""

@@ -93,6 +93,19 @@ def test_weights_of_zero_leave_a_term_out(model: Any, teacher: Any, batches: Any
     assert all(terms["loss"] == pytest.approx(2 * terms["task"]) for terms in logs)
 
 
+def test_dropout_is_off_since_its_noise_would_be_learnt_against(model: Any, teacher: Any, batches: Any) -> None:
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    x = batches[0][0]
+    with torch.no_grad():
+        assert not torch.allclose(twin.train()(x), twin(x))
+    plain, dropping = (run(m, teacher, batches)[0] for m in (model, twin))
+    assert dropping == plain
+    assert {m.p for m in twin.modules() if isinstance(m, torch.nn.Dropout)} == {0.5}  # afterwards as it was
+
+
 def test_the_hard_forward_of_training_is_that_of_evaluation(model: Any, batches: Any) -> None:
     set_dial(model, model.calibration.dial(0.6))
     images = batches[0][0]

@@ -22,6 +22,7 @@ from acmize.audio import Utterance, open_audio
 from acmize.hf_models import Processor
 from acmize.hosts_speech import front_end
 from acmize.losses import ctc_loss
+from acmize.phases.finetune import undisturbed
 from acmize.recipe import TrainOptions, resolve
 from acmize.speech import Listener, Speech
 from acmize.speech_training import masks_of, training
@@ -134,7 +135,7 @@ def test_the_task_of_transcripts(kind: str, tmp_path: Path, recordings: Path) ->
 
 @pytest.mark.parametrize("name", ["wav2vec2", "hubert pre-norm", "wavlm", "data2vec", "moonshine", "whisper", "ast"])
 def test_front_ends(name: str) -> None:
-    """Frozen inside, trained as before after it; masks in train mode alone; layers and frames are not dropped."""
+    """Frozen inside, trained as before after it; masks in train mode alone; nothing is dropped."""
     model = HOSTS[name]()
     front = front_end(model)
     layers = [model.get_submodule(path) for path in front.modules]
@@ -142,19 +143,21 @@ def test_front_ends(name: str) -> None:
     assert parameters
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            module.p = 0.0
+            module.p = 0.5
     for place in (model.config, *model.modules()):
         for drop in ("layerdrop", "dropout", "attention_dropout", "activation_dropout"):
             if drop in vars(place) and isinstance(getattr(place, drop), float):
-                setattr(place, drop, 1.0 if drop == "layerdrop" else 0.0)
+                setattr(place, drop, 1.0 if drop == "layerdrop" else 0.5)
     batch = inputs_for(model)
     with torch.no_grad():
         plain = logits(model, batch)
         model.train()
-        with training(model, TrainOptions()):
+        with training(model, TrainOptions(), whole=True):
+            assert not torch.allclose(logits(model, batch), logits(model, batch))
+        with training(model, TrainOptions()), undisturbed(model):
             assert all(p.requires_grad is front.trained for p in parameters)
             torch.testing.assert_close(logits(model, batch), plain)
-        with training(model, TrainOptions(mask_time=0.5, mask_channels=0.3)):
+        with training(model, TrainOptions(mask_time=0.5, mask_channels=0.3)), undisturbed(model):
             torch.manual_seed(0)
             masked, other = logits(model, batch), logits(model, batch)
             assert not torch.allclose(masked, plain)
