@@ -140,9 +140,9 @@ def bench_speech(
         {"device", "threads", "dtype", "work", "results", "fit": []}. `work`: dense gmacs_per_second of audio, of what
         the budget counts; front_share, of the plan's example. A result has model, batch_size, budget, macs_ratio,
         seconds (of audio in a batch), and for the whole model and under "encoder" for the encoder alone: latency_ms,
-        dense_latency_ms (of the faster of eager and eager with the same products), speedup of the medians, rtf and
-        dense_rtf (medians over seconds of audio); `bound`: the dense whole over what of it is not encoder, which no
-        encoder can exceed.
+        dense_latency_ms (of the faster of eager and eager with the same products), dense_forms_ms (the median of each),
+        speedup of the medians, rtf and dense_rtf (medians over seconds of audio); `bound`: the dense whole over what of
+        it is not encoder, which no encoder can exceed.
 
     Raises:
         AcmizeError: no data, a budget out of reach, fewer recordings than a batch takes.
@@ -224,7 +224,12 @@ def _compared(
     times = {key: percentiles(seconds[key]) for key in (name, *forms)}
     form = min(forms, key=lambda key: times[key]["p50"])
     mine, dense = times[name], times[form]
-    told = {"latency_ms": mine, "dense_latency_ms": {**dense, "form": form}, "speedup": dense["p50"] / mine["p50"]}
+    told = {
+        "latency_ms": mine,
+        "dense_latency_ms": {**dense, "form": form},
+        "dense_forms_ms": {key: times[key]["p50"] for key in forms},
+        "speedup": dense["p50"] / mine["p50"],
+    }
     return {**told, "rtf": mine["p50"] / (1e3 * audio), "dense_rtf": dense["p50"] / (1e3 * audio)}, form
 
 

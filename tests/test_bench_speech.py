@@ -90,6 +90,9 @@ def test_what_is_timed(model: Any, saved: Path, recordings: Path, monkeypatch: p
     assert beyond >= 1000 * calls
     assert row["dense_latency_ms"]["p50"] == pytest.approx(3000 * calls + beyond)
     assert row["bound"] == pytest.approx(1 + 3000 * calls / beyond)
+    for part in (row, encoder):
+        assert part["dense_latency_ms"]["p50"] == min(part["dense_forms_ms"].values())
+        assert part["dense_latency_ms"]["form"] in part["dense_forms_ms"]
     assert row["dense_rtf"] == pytest.approx(row["dense_latency_ms"]["p50"] / 1e3 / row["seconds"])
     assert 0.1 < row["seconds"] < 0.8  # two of 1500 to 2700 samples at 8 kHz
     assert json.loads(json.dumps(found)) == found
