@@ -267,7 +267,7 @@ def resolve(*layers: dict[str, Any], preset_name: str = "default") -> Recipe:
 
 def _reaching(recipe: Recipe, given: dict[str, Any]) -> Recipe:
     """Ranges of budgets that were not given reach the smallest that is wanted: gates know what they have met."""
-    low = min(recipe.budget, *recipe.budgets)
+    low = min((recipe.budget, *recipe.budgets))
     if low >= FinetuneConfig.budgets[0]:
         return recipe
     wider = {

@@ -40,7 +40,7 @@ def test_ranges_reach_the_smallest_budget_that_is_wanted() -> None:
     assert (usual.gates.budgets[0], usual.losses.budgets[0]) == (0.45, 0.4)
     assert low.gates.budgets == (0.25, usual.gates.budgets[1])
     assert low.losses.budgets == (0.25, usual.losses.budgets[1])
-    given = resolve({"budget": 0.25, "losses": {"budgets": (0.6, 0.8)}})
+    given = resolve({"budget": 0.25, "budgets": [], "losses": {"budgets": (0.6, 0.8)}})
     assert given.losses.budgets == (0.6, 0.8)
     assert given.gates.budgets[0] == 0.25
     assert resolve(low.to_dict()) == low
