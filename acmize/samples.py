@@ -8,7 +8,7 @@ Shapes: B samples, R of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,25 +22,41 @@ def at_once(x: Tensor) -> int:
     return max(ROWS, CHUNK // max(1, x.shape[1:].numel() * x.element_size()) // ROWS * ROWS)
 
 
-def rounded(rows: Tensor) -> Tensor:
-    """Rows (R,), the last one repeated up to the next size that is run."""
-    return rows if len(rows) < ROWS else torch.cat([rows, rows[-1:].expand(-len(rows) % ROWS)])
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows (R,) of x (B, ...), channels last if x is: by itself `index_select` would change that, four times slower."""
+    if x.dim() != 4 or x.is_contiguous():
+        return x.index_select(0, rows)
+    return x.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
 
 
-def run_rows(run: Callable[[Tensor], Tensor], x: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor | None:
-    """Put `run(x[rows])` into those rows of `out`.
+def run_rows(run: Callable[..., Tensor], xs: Sequence[Tensor], start: int, end: int) -> list[Tensor]:
+    """Run samples start..end of all xs (B, ...), some at a time; those beside them may run along, in vain.
 
     Args:
-        run: some of x -> outputs of one shape a sample, whatever samples they come with.
-        x: (B, ...).
-        rows: (R,) without repetition.
-        out: (B, ...) to write into; made where there is none and something is run.
+        run: some of each of xs -> outputs of one shape a sample, whatever samples they come with.
+        xs: what a sample is made of.
+        start: the first sample.
+        end: the first one that is not run.
 
     Returns:
-        `out`, or what took its place where `run` gives another dtype.
+        Outputs of samples start..end in parts.
     """
-    for some in rows.split(at_once(x)) if len(rows) else ():
-        y = run(x.index_select(0, rounded(some)))[: len(some)]
-        out = y.new_empty(len(x), *y.shape[1:]) if out is None else out.to(y.dtype)
-        out.index_copy_(0, some, y)
-    return out
+    parts, size, last = [], at_once(xs[0]), len(xs[0])
+    for lo in range(start, end, size):
+        count = min(size, end - lo)
+        rounded = count if count < ROWS else min(count + -count % ROWS, last)
+        first = min(lo, last - rounded)
+        parts.append(run(*(x[first : first + rounded] for x in xs))[lo - first :][:count])
+    return parts
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Parts as one tensor, without a copy where there is but one."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def put_back(parts: Sequence[Tensor], order: Tensor) -> Tensor:
+    """Outputs in parts, of samples in this order (B,), in the order of the samples; no copy for each group."""
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    return take(joined(parts), inverse)

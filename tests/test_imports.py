@@ -22,9 +22,9 @@ ORDER = (
     ("kernels",),
     ("inputs", "padding"),
     # cost counts the work of any module and knows nothing of ours
-    ("ops", "cost", "cut", "importance", "merge_pairs", "samples"),
+    ("ops", "cost", "convs", "cut", "importance", "merge_pairs", "samples"),
     ("gates",),
-    ("layers",),
+    ("layers", "fusion"),
     ("adaptive", "channels", "branches"),
     ("methods",),
     ("plan",),

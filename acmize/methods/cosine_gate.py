@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from acmize import ops, parallel
 from acmize.gates import AdaptiveModule, DamageGate, Decision, Gate, GateSpec
 from acmize.registry import Keep, Method, Refused, register
-from acmize.samples import at_once, run_rows
+from acmize.samples import joined, put_back, run_rows, take
 
 IN_VAIN = 16  # one sample in so many may run a block in vain: moving the others costs as much
 ANNEAL = 0.4  # share of phase 3 over which the true CIR gives way to the predicted one
@@ -252,13 +252,14 @@ def _gathered(module: SkippableBlock, x: Tensor, runs: Tensor) -> Tensor:
     """Run the block on the samples (B,) that keep it, some at a time, and on nothing else."""
     if len(x) == 1:
         return module.block(x) if runs else module.skipped(x)
-    rows, rest, size = runs.nonzero().flatten(), runs.logical_not().nonzero().flatten(), at_once(x)
+    rows, rest = runs.nonzero().flatten(), runs.logical_not().nonzero().flatten()
     if len(rest) * IN_VAIN <= len(x):
-        y = module.block(x) if len(x) <= size else torch.cat([module.block(part) for part in x.split(size)])
-        return y.index_copy_(0, rest, module.skipped(x[rest], owned=True).to(y.dtype)) if len(rest) else y
-    out = run_rows(module.block, x, rows, module.skipped(x.clone(), owned=True))
-    assert out is not None
-    return out
+        y = joined(run_rows(module.block, (x,), 0, len(x)))
+        return y.index_copy_(0, rest, module.skipped(take(x, rest), owned=True).to(y.dtype)) if len(rest) else y
+    order = torch.cat([rows, rest])
+    x = take(x, order)
+    skipped = module.skipped(x[len(rows) :], owned=True)  # first: a block that writes to its input may run on them too
+    return put_back([*run_rows(module.block, (x,), 0, len(rows)), skipped], order)
 
 
 @torch.no_grad()
