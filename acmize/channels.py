@@ -19,7 +19,6 @@ BCHW, or channels last where the layers are linear.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -27,40 +26,24 @@ import torch
 from torch import Tensor, nn
 
 from acmize import ops
-from acmize.convs import NO_TAIL, FusedConv, Kept, Tail, folded, scale_and_shift, usable
-from acmize.cut import Between, Bounds, CutLayer, fused_steps, pooled, without_norm
+from acmize.chain_runs import FusedRuns
+from acmize.convs import NO_TAIL, Tail, usable
+from acmize.cut import Between, Bounds, CutLayer, pooled, without_norm
 from acmize.gates import AdaptiveModule, Decision, Gate
 from acmize.importance import order_units
-from acmize.samples import put_back, run_rows, take
+from acmize.samples import grouped, in_groups
 
 
 @ops.eager
-def by_choice(xs: Sequence[Tensor], choice: Tensor, run: Callable[..., Tensor]) -> Tensor:
-    """Run samples of one choice together: xs (B, ...), choice (B,) -> (B, ...) in the original order.
+def by_choice(x: Tensor, choice: Tensor, run: Callable[..., Tensor]) -> Tensor:
+    """Run samples of one choice together: x (B, ...), choice (B,) -> (B, ...) in the original order.
 
     Args:
-        xs: what a sample is made of.
+        x: inputs.
         choice: of each sample; read back to the host once.
-        run: (some of each of xs, `choice`, theirs) -> outputs of one shape a sample, whatever the choice.
+        run: (some of x, `choice`, theirs) -> outputs of one shape a sample, whatever the choice.
     """
-    groups = grouped(choice)
-    if len(groups) == 1:
-        return run(*xs, choice=groups[0][0])
-    order = torch.cat([index for _, index in groups])
-    xs, parts, start = [take(x, order) for x in xs], [], 0
-    for k, index in groups:
-        parts += run_rows(partial(run, choice=k), xs, start, start + len(index))
-        start += len(index)
-    return put_back(parts, order)
-
-
-def grouped(choice: Tensor) -> list[tuple[int, Tensor]]:
-    """(B,) choices -> each choice that occurs, with the samples (M,) that made it; an empty batch has choice 0."""
-    if len(choice) == 1:
-        return [(int(choice), torch.zeros_like(choice))]
-    counts = torch.bincount(choice, minlength=1).tolist()
-    index = choice.argsort().split(counts)
-    return [(k, i) for k, i in enumerate(index) if len(i)] or [(0, choice)]
+    return in_groups((x,), grouped(choice), run)
 
 
 class ChannelChain(AdaptiveModule):
@@ -89,50 +72,30 @@ class ChannelChain(AdaptiveModule):
         self.layers, self.between, self.bounds = nn.ModuleList(layers), nn.ModuleList(between), tuple(bounds)
         self.gate = gate
         self.positions = (1, 2) if layers[0].linear else (2, 3)
-        self.fusable = not any(layer.linear or isinstance(layer.geometry[1], str) for layer in layers)
-        self._slices: Kept[dict[Any, list[Callable[..., Tensor]]]] = Kept()
+        fusable = not any(layer.linear or isinstance(layer.geometry[1], str) for layer in layers)
+        self.runs: Any = FusedRuns(self) if fusable else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None, tail: Tail = NO_TAIL) -> Tensor:
         """X (B, D, H, W), or channels last -> the last layer's output, and what follows it; see `convs.Tail`."""
-        decision = self.decide(x.mean(self.positions))
+        mean, gate, fast = x.mean(self.positions), self.gate, self.runs is not None and usable(x)
+        watched = self.recorder is not None or gate.choose is not None or gate.probe or gate.training
+        if fast and len(x) == 1 and not watched:
+            return self.runs(x, residual, gate.pick(mean), tail)
+        decision = self.decide(mean)
+        if fast and decision.keep is None:
+            return self.runs.batch(x, residual, decision.choice[:, 0], tail)
         if decision.keep is not None or ops.pick_backend(x) == "masked":
             return tail.plain(self.forward_reference(x, decision), residual)
-        xs, run = (x,) if residual is None else (x, residual), self.run
-        if self.fusable and usable(x):
-            run = partial(self.run_fused, tail=tail)
-        elif tail is not NO_TAIL:
-            run = lambda x, residual=None, choice=0: tail.plain(self.run(x, choice), residual)  # noqa: E731
-        return by_choice(xs, decision.choice[:, 0], run)
+        return tail.plain(by_choice(x, decision.choice[:, 0], self.run), residual)
 
     def run(self, x: Tensor, choice: int) -> Tensor:
         """Samples that all run `choice` learners."""
         if choice == 0:
-            return self._constant(x)
+            return self.constant(x)
         *first, last = self.layers
         for layer, between, bounds in zip(first, self.between, self.bounds, strict=True):
             x = between.cut(layer.cut(x, choice), bounds[choice])  # pyright: ignore[reportCallIssue]
         return last.cut(x, choice)  # pyright: ignore[reportCallIssue]
-
-    def run_fused(self, x: Tensor, residual: Tensor | None = None, *, choice: int, tail: Tail) -> Tensor:
-        """`run` and what follows it, norms folded, by slices that are kept for each choice."""
-        if choice == 0:
-            return tail.plain(self._constant(x), residual)
-        kept = self._slices.get(self._sources, dict)
-        *first, last = kept.get((tail, choice)) or kept.setdefault((tail, choice), self._steps(choice, tail))
-        for step in first:
-            x = step(x)
-        return last(x, residual)
-
-    def _steps(self, choice: int, tail: Tail) -> list[Callable[..., Tensor]]:
-        steps: list[Callable[..., Tensor]] = []
-        for layer, between, bounds in zip(self.layers, self.between, self.bounds, strict=False):
-            steps += fused_steps(layer, between, choice, bounds[choice])
-        last: Any = self.layers[-1]
-        weight, bias = folded(*last.slices(choice), *scale_and_shift(tail.norm))
-        return [*steps, FusedConv(weight, bias, last.moves(weight), tail.act)]
-
-    def _sources(self) -> list[nn.Module]:
-        return [m for part in (self.layers, self.between) for m in part.modules()]
 
     def forward_reference(self, x: Tensor, decision: Decision) -> Tensor:
         """All the work, then masks."""
@@ -201,7 +164,7 @@ class ChannelChain(AdaptiveModule):
         self.bounds = tuple(b[: choice + 1] for b in self.bounds)
         self.gate.narrow_(choice)
 
-    def _constant(self, x: Tensor) -> Tensor:
+    def constant(self, x: Tensor) -> Tensor:
         """What is left of the chain when no channel runs: the last layer's bias."""
         bias = self.layers[-1].table(0)  # pyright: ignore[reportCallIssue]
         if self.layers[0].linear:

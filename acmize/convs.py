@@ -6,16 +6,14 @@ The norm is folded into the weights, sum and activation are applied while the ou
 last, and weights are kept in the order in which oneDNN reads them. Three of four tensors that a plain network writes
 are never written.
 
-What is kept follows its sources: it is made anew when a parameter or statistic has changed, and is never copied.
-
 Shapes: B samples, D input and O output channels, H x W positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +23,6 @@ from torch import Tensor, nn
 
 from acmize import ops
 
-T = TypeVar("T")
 # oneDNN chooses the order of weights by the shape of the input; that for 16 samples serves 1 to 64 of them, while
 # weights that were ordered for no shape can be ordered again, slowly, at every call.
 ORDERED_FOR = 16
@@ -48,44 +45,6 @@ def usable(x: Tensor) -> bool:
         and x.numel() > 0
         and ops.has_onednn()
     )
-
-
-# --- what is kept ---------------------------------------------------------------------------------------------
-
-
-class Kept(Generic[T]):
-    """Something made of the tensors of modules, made again when they change; copies of a module begin without it.
-
-    Seen: tensors that were replaced, moved or written to. Not seen: writes to tensors made in inference mode, which
-    PyTorch does not count.
-    """
-
-    def __init__(self) -> None:
-        self._state: tuple[list[Any], list[Tensor], list[int]] | None = None
-        self._value: Any = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Kept[T]:
-        return memo.setdefault(id(self), Kept())
-
-    def get(self, modules: Callable[[], Iterable[nn.Module]], make: Callable[[], T]) -> T:
-        """What `make` made last, or makes now; `modules` are those whose own tensors it is made of."""
-        if self._state is None or not _unchanged(*self._state):
-            self._value, self._state = make(), _state(modules())
-        return self._value
-
-
-def _state(modules: Iterable[nn.Module]) -> tuple[list[Any], list[Tensor], list[int]]:
-    """Where tensors are and which; those that count what is written to them; addresses, then counts."""
-    tables = [table for m in modules for table in (m._parameters, m._buffers)]
-    places = [(table, name, t) for table in tables for name, t in table.items() if t is not None]
-    counted = [t for _, _, t in places if not t.is_inference()]
-    return places, counted, [t.data_ptr() for _, _, t in places] + [t._version for t in counted]
-
-
-def _unchanged(places: list[Any], counted: list[Tensor], stamps: list[int]) -> bool:
-    now = [t.data_ptr() if table.get(name) is t else -1 for table, name, t in places]
-    now.extend([t._version for t in counted])
-    return now == stamps
 
 
 # --- what follows a convolution -------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ exported, on other devices and dtypes, with hooks on what would be passed over, 
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -21,11 +22,13 @@ from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d, Conv2dSame, DropPath
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from acmize.convs import ACTIVATIONS, FusedConv, Geometry, Kept, Tail, folded, scale_and_shift, usable
+from acmize.convs import ACTIVATIONS, FusedConv, Geometry, Tail, folded, scale_and_shift, usable
 from acmize.cost import evaluating
 from acmize.gates import AdaptiveModule
+from acmize.kept import Kept
+from acmize.samples import ROWS, joined, samples_in_cache
 
 _NORMS = (nn.BatchNorm2d, BatchNormAct2d)
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d, DropPath)  # in eval mode
@@ -69,7 +72,7 @@ def _forward(cls: type[nn.Module]) -> Callable[..., Any]:
         if len(args) == 1 and not kwargs and not torch.compiler.is_compiling() and usable(args[0]):
             program = self._fused.program(self)
             if program is not None:
-                return program(args[0])
+                return self._fused.run(program, args[0])
         return cls.forward(self, *args, **kwargs)
 
     return forward
@@ -192,6 +195,9 @@ class _Fusion:
         self.passed_over: list[nn.Module] = []
         self.hooks: list[Any] = []
         self.chains: list[_Chain] = []
+        self.adaptive: list[AdaptiveModule] = []
+        self.convs: list[FusedConv] = []
+        self.sizes: dict[Any, int] = {}  # samples at once, by the shape of one
         self.kept: Kept[Any] = Kept()
 
     @staticmethod
@@ -220,9 +226,24 @@ class _Fusion:
             return None
         return self.kept.get(lambda: self.passed_over, self._made)
 
+    def run(self, program: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """The program on x (B, C, H, W), on no more samples at once than caches hold, where none is to see the rest."""
+        if len(x) <= ROWS or any(_watched(m) for m in self.adaptive):
+            return program(x)
+        size = self.sizes.get(x.shape[1:]) or self._measure(program, x)
+        return program(x) if len(x) <= size else joined([program(part) for part in x.split(size)])
+
+    def _measure(self, program: Callable[[Tensor], Any], x: Tensor) -> int:
+        """Samples that are run at once, by the largest tensor that one sample makes."""
+        y = program(x[:1])
+        single = isinstance(y, Tensor) and len(y) == 1  # else its parts could not be joined
+        numbers = max(out.numel() for conv in self.convs for _, _, out in conv.ordered.values()) if self.convs else 1
+        self.sizes[x.shape[1:]] = size = samples_in_cache(numbers * x.element_size()) if single else sys.maxsize
+        return size
+
     def _bind(self, owner: nn.Module) -> None:
         """Look the modules up; without chains if a container is no longer of the class that was traced."""
-        self.kept = Kept()
+        self.kept, self.adaptive = Kept(), [m for m in owner.modules() if isinstance(m, AdaptiveModule)]
         self.modules = dict(owner.named_modules(remove_duplicate=False))
         leaves = {str(n.target) for n in self.graph.nodes if n.op == "call_module"}
         paths = [*self.containers, *leaves]
@@ -239,12 +260,12 @@ class _Fusion:
         """The program: one call for each chain, the other modules and functions as they were."""
         ends = {chain.nodes[-1]: chain for chain in self.chains}
         inside = {node for chain in self.chains for node in chain.nodes[:-1]}
-        made, env = fx.Graph(), {}
+        made, env, self.convs, self.sizes = fx.Graph(), {}, [], {}
         for number, node in enumerate(self.graph.nodes):
             chain = ends.get(node)
             if chain is not None:
                 read = [chain.nodes[0].args[0], *([] if chain.residual is None else [chain.residual])]
-                env[node] = made.call_function(_named(_run(chain), number), tuple(env[n] for n in read))
+                env[node] = made.call_function(_named(self._call(chain), number), tuple(env[n] for n in read))
             elif node in inside:
                 continue
             elif node.op == "call_module":
@@ -262,15 +283,21 @@ class _Fusion:
                     env[node].target = "reshape"
         return fx.GraphModule(nn.Module(), made).forward
 
+    def _call(self, chain: _Chain) -> Callable[..., Any]:
+        if isinstance(chain.conv, AdaptiveModule):
+            tail = replace(chain.tail)  # another one: what was made for the last is of norms as they were
+            return lambda x, residual=None: chain.conv(x, residual, tail)
+        weight, bias = folded(chain.conv.weight, chain.conv.bias, *scale_and_shift(chain.tail.norm))
+        geometry = Geometry.of(chain.conv)
+        assert geometry is not None, "chains begin with convolutions that have one"
+        self.convs.append(FusedConv(weight, bias, geometry, chain.tail.act))
+        return self.convs[-1].__call__
 
-def _run(chain: _Chain) -> Callable[..., Any]:
-    if isinstance(chain.conv, AdaptiveModule):
-        tail = replace(chain.tail)  # another one: what was made for the last is of norms as they were
-        return lambda x, residual=None: chain.conv(x, residual, tail)
-    weight, bias = folded(chain.conv.weight, chain.conv.bias, *scale_and_shift(chain.tail.norm))
-    geometry = Geometry.of(chain.conv)
-    assert geometry is not None, "chains begin with convolutions that have one"
-    return FusedConv(weight, bias, geometry, chain.tail.act).__call__
+
+def _watched(module: AdaptiveModule) -> bool:
+    """Whether somebody follows what samples of a whole batch choose, or chooses for them."""
+    gate = module.gate
+    return module.recorder is not None or gate.choose is not None or gate.probe
 
 
 def _named(call: Callable[..., Any], number: int) -> Callable[..., Any]:

@@ -9,17 +9,24 @@ Shapes: B samples, R of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-CHUNK = 2 << 20  # bytes of input that are run at once
+CHUNK = 2 << 20  # bytes of input that are run at once, by up to two threads
 ROWS = 4  # fewer samples than so many are run, or multiples of it
 
 
 def at_once(x: Tensor) -> int:
     """Samples of x (B, ...) that are run at once."""
-    return max(ROWS, CHUNK // max(1, x.shape[1:].numel() * x.element_size()) // ROWS * ROWS)
+    return samples_in_cache(x.shape[1:].numel() * x.element_size())
+
+
+def samples_in_cache(size: int) -> int:
+    """Samples whose largest tensors, of so many bytes each, caches hold."""
+    threads = max(1, torch.get_num_threads() // 2)
+    return max(ROWS, CHUNK * threads // max(1, size) // ROWS * ROWS)
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:
@@ -60,3 +67,33 @@ def put_back(parts: Sequence[Tensor], order: Tensor) -> Tensor:
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
     return take(joined(parts), inverse)
+
+
+def in_groups(xs: Sequence[Tensor], groups: Sequence[tuple[int, Tensor]], run: Callable[..., Tensor]) -> Tensor:
+    """Run the samples of each group together; a sample is a row of each of xs.
+
+    Args:
+        xs: (B, ...).
+        groups: of `grouped`.
+        run: (some of each of xs, `choice`, theirs) -> outputs of one shape a sample, whatever the choice.
+
+    Returns:
+        (B, ...) in the order of the samples.
+    """
+    if len(groups) == 1:
+        return run(*xs, choice=groups[0][0])
+    order = torch.cat([index for _, index in groups])
+    xs, parts, start = [take(x, order) for x in xs], [], 0
+    for k, index in groups:
+        parts += run_rows(partial(run, choice=k), xs, start, start + len(index))
+        start += len(index)
+    return put_back(parts, order)
+
+
+def grouped(choice: Tensor) -> list[tuple[int, Tensor]]:
+    """(B,) choices -> each choice that occurs, with the samples (M,) that made it; an empty batch has choice 0."""
+    if len(choice) == 1:
+        return [(int(choice), torch.zeros_like(choice))]
+    counts = torch.bincount(choice, minlength=1).tolist()
+    index = choice.argsort().split(counts)
+    return [(k, i) for k, i in enumerate(index) if len(i)] or [(0, choice)]

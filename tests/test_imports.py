@@ -22,7 +22,7 @@ ORDER = (
     ("kernels",),
     ("inputs", "padding"),
     # cost counts the work of any module and knows nothing of ours
-    ("ops", "cost", "convs", "cut", "importance", "merge_pairs", "samples"),
+    ("ops", "cost", "convs", "cut", "chain_runs", "importance", "kept", "merge_pairs", "samples"),
     ("gates",),
     ("layers", "fusion"),
     ("adaptive", "channels", "branches"),

@@ -78,29 +78,23 @@ class BlockGate(DamageGate):
     """
 
     act = staticmethod(F.relu)
-    _folded: tuple[Any, tuple[Tensor, ...]] | None = None
 
-    def runs(self, x: Tensor) -> Tensor:
-        """X (B, D) -> (B,) bool, what `forward` decides in fewer operations: a block of one sample is small."""
-        w1, b1, w2, threshold = self.folded()
-        return F.linear(self.act(F.linear(x, w1, b1)), w2)[:, 0] > threshold
+    pick = Gate.pick
+
+    def margin(self, x: Tensor) -> Tensor:
+        """X (B, D) -> (B, 1), log damage less what is worth the block, by the fewest operators; positive: it runs."""
+        w1, b1, w2, b2 = self._parts.get(self.modules, self._folded)
+        return F.linear(self.act(F.linear(x, w1, b1)), w2, b2)
 
     def head(self) -> tuple[Tensor, Tensor]:
         """Weight (1, hidden) and bias (1,) from hidden units to log damage."""
         return self.fc2.weight, self.fc2.bias
 
-    def folded(self) -> tuple[Tensor, ...]:
-        """First layer with the dial in its bias, last layer, and the least log damage that is worth the block.
-
-        Kept until a parameter or the dial changes.
-        """
-        sources = (*self.parameters(), self.dial, self.price)
-        key = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in sources)
-        if self._folded is None or self._folded[0] != key:
-            weight, bias = self.head()
-            threshold = (self.price * self.cost[0, -1]).log() - bias[0]
-            self._folded = key, (self.fc1.weight, self.fc1.bias + self.level * self.dial, weight, threshold)
-        return self._folded[1]
+    def _folded(self) -> tuple[Any, ...]:
+        """First layer with the dial in its bias, last layer less the threshold."""
+        weight, bias = self.head()
+        threshold = (self.price * self.cost[0, -1]).log()
+        return self.fc1.weight, self.fc1.bias + self.level * self.dial, weight, bias - threshold
 
 
 class GumbelGate(BlockGate):
@@ -199,7 +193,10 @@ class SkippableBlock(AdaptiveModule):
         gate: Any = self.gate
         watched = self.recorder is not None or gate.choose is not None or gate.probe
         if not (watched or masked or torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            return _gathered(self, x, gate.runs(pooled))
+            margin = gate.margin(pooled)
+            if len(x) == 1:
+                return self.block(x) if margin.item() > 0 else self.skipped(x)
+            return _gathered(self, x, margin[:, 0] > 0)
         decision = self.decide(pooled)
         if decision.keep is not None or masked:
             return self.forward_reference(x, decision)
