@@ -62,6 +62,20 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
+def padded(rows: Tensor) -> Tensor:
+    """Rows (R,), the last one repeated up to the next size that is run."""
+    return rows if len(rows) < ROWS else torch.cat([rows, rows[-1:].expand(-len(rows) % ROWS)])
+
+
+def put_among(y: Tensor, rows: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """Y (B, ...) with parts, together (R, ...), written into rows (R,)."""
+    if parts:
+        permuted = y.dim() == 4 and not y.is_contiguous()  # by memory, as in `take`
+        into, some = (t.permute(0, 2, 3, 1) if permuted else t for t in (y, joined(parts)))
+        into.index_copy_(0, rows, some.to(y.dtype))
+    return y
+
+
 def put_back(parts: Sequence[Tensor], order: Tensor) -> Tensor:
     """Outputs in parts, of samples in this order (B,), in the order of the samples; no copy for each group."""
     inverse = torch.empty_like(order)

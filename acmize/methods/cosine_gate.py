@@ -36,9 +36,9 @@ from torch import Tensor, nn
 from acmize import ops, parallel
 from acmize.gates import AdaptiveModule, DamageGate, Decision, Gate, GateSpec
 from acmize.registry import Keep, Method, Refused, register
-from acmize.samples import joined, put_back, run_rows, take
+from acmize.samples import joined, padded, put_among, put_back, run_rows, take
 
-IN_VAIN = 16  # one sample in so many may run a block in vain: moving the others costs as much
+IN_VAIN = 8  # one sample in so many may run a block in vain: moving the others costs as much
 ANNEAL = 0.4  # share of phase 3 over which the true CIR gives way to the predicted one
 
 
@@ -215,7 +215,10 @@ class SkippableBlock(AdaptiveModule):
         """What an input becomes that does not run the block; activations write into an input that is `owned`."""
         if self.rest is None:
             return x
-        return self.block.get_submodule(self.rest)(x if owned else x.clone())
+        rest = self.block.get_submodule(self.rest)
+        if type(rest) is nn.ReLU and not owned:
+            return x.relu()
+        return rest(x if owned else x.clone())
 
     def run_with_cir(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Output (B, C, H, W) of the whole block, and CIR (B, 1) without gradient."""
@@ -252,7 +255,11 @@ def _gathered(module: SkippableBlock, x: Tensor, runs: Tensor) -> Tensor:
     rows, rest = runs.nonzero().flatten(), runs.logical_not().nonzero().flatten()
     if len(rest) * IN_VAIN <= len(x):
         y = joined(run_rows(module.block, (x,), 0, len(x)))
-        return y.index_copy_(0, rest, module.skipped(take(x, rest), owned=True).to(y.dtype)) if len(rest) else y
+        return put_among(y, rest, [module.skipped(take(x, rest), owned=True)] if len(rest) else [])
+    if len(rows) <= len(rest):  # most only pass through: the others are put among them
+        out = module.skipped(x)
+        out = out.clone() if out is x else out
+        return put_among(out, rows, run_rows(module.block, (take(x, padded(rows)),), 0, len(rows)))
     order = torch.cat([rows, rest])
     x = take(x, order)
     skipped = module.skipped(x[len(rows) :], owned=True)  # first: a block that writes to its input may run on them too
