@@ -81,12 +81,25 @@ def _forward(cls: type[nn.Module]) -> Callable[..., Any]:
 # --- finding what can be fused --------------------------------------------------------------------------------
 
 
+class _Proxy(fx.Proxy):
+    """Writing `x += y` is seen as such: by itself fx takes it for `x = x + y`, which other names of x do not see."""
+
+    def __iadd__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __imul__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
     """Follows containers, calls everything else, and notes the containers' classes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.containers: dict[str, type] = {}
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         own = isinstance(m, (AdaptiveModule, Fused, *_NORMS)) or next(m.children(), None) is None
@@ -126,7 +139,7 @@ def _chain_from(first: fx.Node, modules: Modules, taken: set[fx.Node]) -> _Chain
     plain = type(conv) in (nn.Conv2d, Conv2dSame) and Geometry.of(conv) is not None
     (value,) = first.args
     # the convolution will run where its chain ends: nothing may write to what it reads before
-    written = isinstance(value, fx.Node) and any(u is not first and _writes(u, modules) for u in value.users)
+    written = isinstance(value, fx.Node) and any(u is not first and _writes(u, value, modules) for u in value.users)
     if not (plain or getattr(conv, "takes_tail", False)) or written:
         return None
     nodes, norm, act, residual = [first], None, None, None
@@ -172,12 +185,14 @@ def _other(node: fx.Node, mine: fx.Node) -> fx.Node | None:
     return b if a is mine else a  # pyright: ignore[reportReturnType]
 
 
-def _writes(node: fx.Node, modules: Modules) -> bool:
-    """Whether a node writes to a tensor that it is given."""
+def _writes(node: fx.Node, value: fx.Node, modules: Modules) -> bool:
+    """Whether a node writes to a value that it is given."""
+    if not node.args or node.args[0] is not value:
+        return False
     if node.op == "call_module":
         return getattr(modules[str(node.target)], "inplace", False)
     name = node.target if isinstance(node.target, str) else node.target.__name__
-    return name.endswith("_") or (name.startswith("i") and hasattr(operator, name)) or bool(node.kwargs.get("inplace"))
+    return name.endswith("_") or name in ("iadd", "imul") or bool(node.kwargs.get("inplace"))
 
 
 # --- running it -----------------------------------------------------------------------------------------------

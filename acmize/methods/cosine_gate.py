@@ -250,8 +250,8 @@ class SkippableBlock(AdaptiveModule):
 @ops.eager
 def _gathered(module: SkippableBlock, x: Tensor, runs: Tensor) -> Tensor:
     """Run the block on the samples (B,) that keep it, some at a time, and on nothing else."""
-    if len(x) == 1:
-        return module.block(x) if runs else module.skipped(x)
+    if len(x) < 2:
+        return module.block(x) if runs.any() else module.skipped(x)
     rows, rest = runs.nonzero().flatten(), runs.logical_not().nonzero().flatten()
     if len(rest) * IN_VAIN <= len(x):
         y = joined(run_rows(module.block, (x,), 0, len(x)))
