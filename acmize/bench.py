@@ -2,8 +2,8 @@
 
 Gates decide from data, so one tensor run again and again would time one set of choices: every call gets another batch
 of real inputs. Dense and adaptive take turns on the same batch, so that whatever else the machine does falls on both,
-and the fastest form of the dense model (eager, compiled, eager with the matrix products of `ops`) is the one to beat: a
-faster library is no merit of ours.
+and the fastest form of the dense model (eager, compiled, eager with the products of `ops` and the convolutions of
+`fusion`) is the one to beat: a faster library is no merit of ours.
 """
 
 from __future__ import annotations

@@ -37,11 +37,11 @@ class FusedRuns:
 
     def __call__(self, x: Tensor, residual: Tensor | None, choice: int, tail: Tail) -> Tensor:
         """X (B, D, H, W) of samples that all run `choice` learners -> (B, O, h, w)."""
-        if choice == 0 and residual is not None:
+        if choice == 0:
+            if residual is None or residual.shape[2:] != self._get(x.shape[2:], lambda: self._sizes(x)[-1]):
+                return tail.plain(self.chain.constant(x), residual)
             y = residual + self._get(("nothing", tail), lambda: self._biases(tail)[:1, :, None, None])
             return y if tail.act is None else tail.act(y)
-        if choice == 0:
-            return tail.plain(self.chain.constant(x))
         *first, last = self._get((choice, tail), lambda: self._steps(choice, tail))
         for step in first:
             x = step(x)
@@ -52,9 +52,8 @@ class FusedRuns:
         groups = grouped(choice)
         if len(groups) > 1 and self._together_pays(x, groups):
             return self.together(x, residual, choice, groups[-1][0], tail)
-        if residual is None:
-            return in_groups((x,), groups, lambda x, choice: self(x, None, choice, tail))
-        return in_groups((x, residual), groups, lambda x, residual, choice: self(x, residual, choice, tail))
+        xs = (x,) if residual is None else (x, residual.expand(len(x), *residual.shape[1:]))
+        return in_groups(xs, groups, lambda x, r=None, *, choice: self(x, r, choice, tail))
 
     def together(self, x: Tensor, residual: Tensor | None, choice: Tensor, widest: int, tail: Tail) -> Tensor:
         """All samples at the widest choice, masked."""
@@ -87,8 +86,8 @@ class FusedRuns:
         chain = self.chain
         inner = zip(chain.layers, chain.between, chain.bounds, strict=False)
         steps = [step for layer, between, b in inner for step in fused_steps(layer, between, choice, b[choice])]
-        last = chain.layers[-1]
-        weight, bias = folded(*last.slices(choice), *scale_and_shift(tail.norm))
+        last, (scale, shift) = chain.layers[-1], scale_and_shift(tail.norm)
+        weight, bias = folded(*last.slices(choice), scale, shift)
         return [*steps, FusedConv(weight, bias, last.moves(weight), tail.act)]
 
     def _masked(self, widest: int, tail: Tail) -> tuple[list[Any], FusedConv, Tensor]:
@@ -113,18 +112,21 @@ class FusedRuns:
 
     def _costs(self, x: Tensor) -> tuple[list[int], int]:
         """MACs of a sample by choice, lanes that idle counted too; numbers moved for one that runs apart."""
-        chain, size, sizes = self.chain, x.shape[2:], []
-        for i, layer in enumerate(chain.layers):
-            size = layer.out_size(size)
-            sizes.append(math.prod(size))
-            if i < len(chain.between):
-                size = pooled(chain.between[i], size)
-        macs = [0]
+        chain, macs = self.chain, [0]
+        sizes = [math.prod(size) for size in self._sizes(x)]
         for k in range(1, chain.gate.num_learners + 1):
             shapes = [layer.slices(k)[0].shape for layer in chain.layers]
             work = [n * -(-s[0] // LANES) * LANES * s[1:].numel() for n, s in zip(sizes, shapes, strict=True)]
             macs.append(sum(work))
         return macs, 2 * (x.shape[1:].numel() + 2 * sizes[-1] * chain.layers[-1].weight.shape[0])
+
+    def _sizes(self, x: Tensor) -> list[torch.Size]:
+        """(h, w) of each layer's output."""
+        size, sizes = x.shape[2:], []
+        for i, layer in enumerate(self.chain.layers):
+            sizes.append(torch.Size(layer.out_size(size)))
+            size = pooled(self.chain.between[i], sizes[-1]) if i < len(self.chain.between) else sizes[-1]
+        return sizes
 
 
 def _inside(between: nn.Module) -> list[nn.Module]:

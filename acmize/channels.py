@@ -73,17 +73,17 @@ class ChannelChain(AdaptiveModule):
         self.gate = gate
         self.positions = (1, 2) if layers[0].linear else (2, 3)
         fusable = not any(layer.linear or isinstance(layer.geometry[1], str) for layer in layers)
-        self.runs: Any = FusedRuns(self) if fusable else None
+        self.runs: FusedRuns | None = FusedRuns(self) if fusable else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None, tail: Tail = NO_TAIL) -> Tensor:
         """X (B, D, H, W), or channels last -> the last layer's output, and what follows it; see `convs.Tail`."""
-        mean, gate, fast = x.mean(self.positions), self.gate, self.runs is not None and usable(x)
+        mean, gate, runs = x.mean(self.positions), self.gate, self.runs if usable(x) else None
         watched = self.recorder is not None or gate.choose is not None or gate.probe or gate.training
-        if fast and len(x) == 1 and not watched:
-            return self.runs(x, residual, gate.pick(mean), tail)
+        if runs is not None and len(x) == 1 and not watched:
+            return runs(x, residual, gate.pick(mean), tail)
         decision = self.decide(mean)
-        if fast and decision.keep is None:
-            return self.runs.batch(x, residual, decision.choice[:, 0], tail)
+        if runs is not None and decision.keep is None:
+            return runs.batch(x, residual, decision.choice[:, 0], tail)
         if decision.keep is not None or ops.pick_backend(x) == "masked":
             return tail.plain(self.forward_reference(x, decision), residual)
         return tail.plain(by_choice(x, decision.choice[:, 0], self.run), residual)

@@ -164,10 +164,10 @@ class FusedConv:
         if residual is None:
             y = _CONV(x, weight, self.bias, *place, *self.post)
             return y if self.after is None else self.after(y)
-        if residual.shape[1:] == out:
+        if residual.shape[1:] == out and len(residual) == len(x):
             y = _CONV_ADD(x, residual, weight, self.bias, *place, "add", 1.0, self.sum_post, [], "")
             return y if self.after_sum is None else self.after_sum(y)
-        y = _CONV(x, weight, self.bias, *place, *NO_POST) + residual  # one that is the same for all positions
+        y = _CONV(x, weight, self.bias, *place, *NO_POST) + residual  # broadcast
         return y if self.act is None else self.act(y)
 
     def _order(self, x: Tensor, padding: Sequence[int]) -> tuple[Any, ...]:

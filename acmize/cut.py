@@ -68,7 +68,8 @@ class CutLayer(nn.Module):
 
     def moves(self, weight: Tensor) -> Geometry:
         """How a convolution with a slice of the weight moves over its input."""
-        return Geometry(*self.geometry, len(weight) if self.depthwise else 1, self.same)
+        stride, padding, dilation = self.geometry
+        return Geometry(stride, padding, dilation, len(weight) if self.depthwise else 1, self.same)
 
     def table(self, choice: int) -> Tensor | None:
         """(O,) what is added when `choice` learners run."""
@@ -98,6 +99,7 @@ class CutLayer(nn.Module):
         """Take in the BatchNorm behind this layer: y -> scale * y + shift."""
         scale, shift = scale_and_shift(norm)
         weight, bias = folded(self.weight, self.bias, scale, shift)
+        assert bias is not None, "a norm has a shift"
         self.weight.copy_(weight)
         self.bias = nn.Parameter(bias.clone())
         if self.learner_bias is not None:

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import BatchNormAct2d, Conv2dSame, DropPath
@@ -60,9 +60,9 @@ def fuse_(model: nn.Module) -> nn.Module:
         if isinstance(module, AdaptiveModule):
             for child in module.children():
                 fuse_(child)
-    cls = type(model)
-    model.__class__ = type(cls.__name__, (Fused, cls), {"__module__": cls.__module__, "forward": _forward(cls)})
-    model._fused = fusion  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    cls, owner = type(model), cast(Any, model)
+    owner.__class__ = type(cls.__name__, (Fused, cls), {"__module__": cls.__module__, "forward": _forward(cls)})
+    owner._fused = fusion
     return model
 
 

@@ -92,8 +92,9 @@ def test_norms_sums_and_activations_are_taken_in(resnet: Any, calls: list[Tensor
 @torch.no_grad()
 def test_a_convolution_with_its_tail(act: Any, residual: Any) -> None:
     torch.manual_seed(0)
-    conv, x = Conv2dSame(6, 8, 3, stride=2), torch.randn(3, 6, 9, 9)
-    norm = noisy(nn.Sequential(nn.BatchNorm2d(8)))[0]
+    conv: Any = Conv2dSame(6, 8, 3, stride=2)
+    x = torch.randn(3, 6, 9, 9)
+    norm: Any = noisy(nn.Sequential(nn.BatchNorm2d(8)))[0]
     extra = None if residual is None else torch.randn(residual)
     tail = convs.Tail(norm, act)
     weight, bias = convs.folded(conv.weight, conv.bias, *convs.scale_and_shift(norm))
@@ -190,10 +191,10 @@ def test_what_cannot_be_traced_is_left_and_its_children_are_fused(calls: list[Te
     class Free(Odd):
         def forward(self, x: Tensor) -> Tensor:
             h = self.act(self.norm(self.conv(x)))
-            return h if h.sum() > 1e9 else self.inner(h)
+            return h if h.sum() > 1e9 else self.inner(h)  # pyright: ignore
 
     torch.manual_seed(0)
-    dense = Free(_viewed)
+    dense: Any = Free(_viewed)
     dense.inner = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
     dense = noisy(dense)
     model = fused(dense)
