@@ -87,7 +87,8 @@ class FusedRuns:
         inner = zip(chain.layers, chain.between, chain.bounds, strict=False)
         steps = [step for layer, between, b in inner for step in fused_steps(layer, between, choice, b[choice])]
         last, (scale, shift) = chain.layers[-1], scale_and_shift(tail.norm)
-        weight, bias = folded(*last.slices(choice), scale, shift)
+        weight, bias = last.slices(choice)
+        weight, bias = folded(weight, bias, scale, shift)
         return [*steps, FusedConv(weight, bias, last.moves(weight), tail.act)]
 
     def _masked(self, widest: int, tail: Tail) -> tuple[list[Any], FusedConv, Tensor]:
@@ -99,8 +100,8 @@ class FusedRuns:
             units, widths = torch.arange(bounds[widest]), torch.tensor(bounds[: widest + 1])
             mask = None if after.depthwise else (units < widths[:, None]).float()[:, :, None, None]
             parts.append((fused_steps(layer, between, widest, bounds[widest]), mask))
-        last = chain.layers[-1]
-        weight, _ = folded(last.slices(widest)[0], None, *scale_and_shift(tail.norm))
+        last, (scale, shift) = chain.layers[-1], scale_and_shift(tail.norm)
+        weight, _ = folded(last.slices(widest)[0], None, scale, shift)
         biases = self._biases(tail)[: widest + 1, :, None, None]
         return parts, FusedConv(weight, None, last.moves(weight), tail.act), biases
 
