@@ -79,7 +79,7 @@ class ChannelChain(AdaptiveModule):
         """X (B, D, H, W), or channels last -> the last layer's output, and what follows it; see `convs.Tail`."""
         mean, gate, runs = x.mean(self.positions), self.gate, self.runs if usable(x) else None
         watched = self.recorder is not None or gate.choose is not None or gate.probe or gate.training
-        if runs is not None and len(x) == 1 and not watched:
+        if runs is not None and x.size(0) == 1 and not watched:
             return runs(x, residual, gate.pick(mean), tail)
         decision = self.decide(mean)
         if runs is not None and decision.keep is None:

@@ -164,7 +164,7 @@ class FusedConv:
         if residual is None:
             y = _CONV(x, weight, self.bias, *place, *self.post)
             return y if self.after is None else self.after(y)
-        if residual.shape[1:] == out and len(residual) == len(x):
+        if residual.shape[1:] == out and residual.size(0) == x.size(0):
             y = _CONV_ADD(x, residual, weight, self.bias, *place, "add", 1.0, self.sum_post, [], "")
             return y if self.after_sum is None else self.after_sum(y)
         y = _CONV(x, weight, self.bias, *place, *NO_POST) + residual  # broadcast

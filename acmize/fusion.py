@@ -243,7 +243,7 @@ class _Fusion:
 
     def run(self, program: Callable[[Tensor], Any], x: Tensor) -> Any:
         """The program on x (B, C, H, W), on no more samples at once than caches hold, where none is to see the rest."""
-        if len(x) <= ROWS or any(_watched(m) for m in self.adaptive):
+        if x.size(0) <= ROWS or any(_watched(m) for m in self.adaptive):
             return program(x)
         size = self.sizes.get(x.shape[1:]) or self._measure(program, x)
         return program(x) if len(x) <= size else joined([program(part) for part in x.split(size)])

@@ -194,7 +194,7 @@ class SkippableBlock(AdaptiveModule):
         watched = self.recorder is not None or gate.choose is not None or gate.probe
         if not (watched or masked or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             margin = gate.margin(pooled)
-            if len(x) == 1:
+            if x.size(0) == 1:
                 return self.block(x) if margin.item() > 0 else self.skipped(x)
             return _gathered(self, x, margin[:, 0] > 0)
         decision = self.decide(pooled)
