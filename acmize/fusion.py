@@ -13,28 +13,23 @@ exported, on other devices and dtypes, with hooks on what would be passed over, 
 
 from __future__ import annotations
 
-import operator
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from typing import Any, cast
 
 import torch
-from timm.layers import BatchNormAct2d, Conv2dSame, DropPath
 from torch import Tensor, fx, nn
 
-from acmize.convs import ACTIVATIONS, FusedConv, Geometry, Tail, folded, scale_and_shift, usable
+from acmize.convs import FusedConv, Geometry, folded, scale_and_shift, usable
 from acmize.cost import evaluating
 from acmize.gates import AdaptiveModule
 from acmize.kept import Kept
 from acmize.samples import ROWS, joined, samples_in_cache
+from acmize.traced import Chain, Modules, Tracer, chains_of
 
-_NORMS = (nn.BatchNorm2d, BatchNormAct2d)
-_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d, DropPath)  # in eval mode
-_ADDS = (operator.add, operator.iadd, torch.add)
 _GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
-Modules = Mapping[str, Any]
 
 
 class Fused:
@@ -49,7 +44,7 @@ def fuse_(model: nn.Module) -> nn.Module:
     Returns:
         The same model, still an instance of its class.
     """
-    if isinstance(model, Fused) or not any(isinstance(m, _NORMS) for m in model.modules()):
+    if isinstance(model, Fused) or not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
         return model
     fusion = None if isinstance(model, AdaptiveModule) else _Fusion.of(model)
     if fusion is None:
@@ -78,123 +73,6 @@ def _forward(cls: type[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
-# --- finding what can be fused --------------------------------------------------------------------------------
-
-
-class _Proxy(fx.Proxy):
-    """Writing `x += y` is seen as such: by itself fx takes it for `x = x + y`, which other names of x do not see."""
-
-    def __iadd__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-    def __imul__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
-
-
-class _Tracer(fx.Tracer):
-    """Follows containers, calls everything else, and notes the containers' classes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.containers: dict[str, type] = {}
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = isinstance(m, (AdaptiveModule, Fused, *_NORMS)) or next(m.children(), None) is None
-        return own or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        path = self.path_of_module(m)
-        if not self.is_leaf_module(m, path):
-            self.containers[path] = type(m)
-        return super().call_module(m, forward, args, kwargs)
-
-
-@dataclass(frozen=True, eq=False)
-class _Chain:
-    """A convolution and what it takes in: the first and last node, and those that are passed over."""
-
-    conv: Any
-    tail: Tail
-    residual: fx.Node | None
-    nodes: tuple[fx.Node, ...]
-
-
-def _chains(graph: fx.Graph, modules: Modules) -> list[_Chain]:
-    found: list[_Chain] = []
-    taken: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
-            chain = _chain_from(node, modules, taken)
-            if chain is not None:
-                found.append(chain)
-                taken.update(chain.nodes)
-    return found
-
-
-def _chain_from(first: fx.Node, modules: Modules, taken: set[fx.Node]) -> _Chain | None:
-    conv: Any = modules[str(first.target)]
-    plain = type(conv) in (nn.Conv2d, Conv2dSame) and Geometry.of(conv) is not None
-    (value,) = first.args
-    # the convolution will run where its chain ends: nothing may write to what it reads before
-    written = isinstance(value, fx.Node) and any(u is not first and _writes(u, value, modules) for u in value.users)
-    if not (plain or getattr(conv, "takes_tail", False)) or written:
-        return None
-    nodes, norm, act, residual = [first], None, None, None
-    while act is None and len(nodes[-1].users) == 1:
-        (after,) = nodes[-1].users
-        module = modules[str(after.target)] if after.op == "call_module" and len(after.args) == 1 else None
-        if after in taken:
-            break
-        if _is_norm(module) and norm is None and residual is None:
-            norm, act = module, getattr(module, "act", None)
-            act = None if isinstance(act, nn.Identity) else act
-        elif type(module) in ACTIVATIONS:
-            act = module
-        elif residual is None and (other := _other(after, nodes[-1])) is not None:
-            residual = other
-        elif type(module) not in _NOTHING:
-            break
-        nodes.append(after)
-    return _Chain(conv, Tail(norm, act), residual, tuple(nodes))
-
-
-def _is_norm(module: Any) -> bool:
-    """Whether a module is a BatchNorm with statistics and, behind it, an activation at most."""
-    return (
-        type(module) in _NORMS
-        and module.running_mean is not None
-        and isinstance(getattr(module, "drop", None), nn.Identity | None)
-    )
-
-
-def _other(node: fx.Node, mine: fx.Node) -> fx.Node | None:
-    """What is added to `mine` by a node, or None if it adds nothing to it, or writes to what somebody else reads."""
-    if (
-        node.target not in _ADDS
-        or len(node.args) != 2
-        or node.kwargs
-        or not all(isinstance(a, fx.Node) for a in node.args)
-    ):
-        return None
-    a, b = node.args
-    if a is b or (node.target is operator.iadd and a is not mine):
-        return None
-    return b if a is mine else a  # pyright: ignore[reportReturnType]
-
-
-def _writes(node: fx.Node, value: fx.Node, modules: Modules) -> bool:
-    """Whether a node writes to a value that it is given."""
-    if not node.args or node.args[0] is not value:
-        return False
-    if node.op == "call_module":
-        return getattr(modules[str(node.target)], "inplace", False)
-    name = node.target if isinstance(node.target, str) else node.target.__name__
-    return name.endswith("_") or name in ("iadd", "imul") or bool(node.kwargs.get("inplace"))
-
-
 # --- running it -----------------------------------------------------------------------------------------------
 
 
@@ -207,9 +85,10 @@ class _Fusion:
     def __init__(self, graph: fx.Graph, containers: dict[str, type]) -> None:
         self.graph, self.containers = graph, containers
         self.places: list[tuple[dict[str, Any], str, Any]] | None = None  # every module it was made of
+        self.modules: Modules = {}
         self.passed_over: list[nn.Module] = []
         self.hooks: list[Any] = []
-        self.chains: list[_Chain] = []
+        self.chains: list[Chain] = []
         self.adaptive: list[AdaptiveModule] = []
         self.convs: list[FusedConv] = []
         self.sizes: dict[Any, int] = {}  # samples at once, by the shape of one
@@ -218,7 +97,7 @@ class _Fusion:
     @staticmethod
     def of(model: nn.Module) -> _Fusion | None:
         """That of a model; None if it cannot be traced or has no convolution that can take in anything."""
-        tracer = _Tracer()
+        tracer = Tracer(Fused)
         try:
             with evaluating(model):
                 graph = tracer.trace(model)
@@ -227,7 +106,7 @@ class _Fusion:
         kinds = [node.op for node in graph.nodes]
         if kinds.count("placeholder") != 1 or "get_attr" in kinds:
             return None
-        tied = any(len(c.nodes) > 1 for c in _chains(graph, dict(model.named_modules())))
+        tied = any(len(c.nodes) > 1 for c in chains_of(graph, dict(model.named_modules())))
         return _Fusion(graph, tracer.containers) if tied else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Fusion:
@@ -263,7 +142,7 @@ class _Fusion:
         leaves = {str(n.target) for n in self.graph.nodes if n.op == "call_module"}
         paths = [*self.containers, *leaves]
         alike = all(type(self.modules.get(path)) is kind for path, kind in self.containers.items())
-        self.chains = _chains(self.graph, self.modules) if alike and leaves <= self.modules.keys() else []
+        self.chains = chains_of(self.graph, self.modules) if alike and leaves <= self.modules.keys() else []
         self.passed_over = [self.modules[str(n.target)] for c in self.chains for n in c.nodes if n.op == "call_module"]
         self.passed_over = [m for m in self.passed_over if not isinstance(m, AdaptiveModule)]
         inside = [self.modules[path] for path in self.containers if path in self.modules]
@@ -298,7 +177,7 @@ class _Fusion:
                     env[node].target = "reshape"
         return fx.GraphModule(nn.Module(), made).forward
 
-    def _call(self, chain: _Chain) -> Callable[..., Any]:
+    def _call(self, chain: Chain) -> Callable[..., Any]:
         if isinstance(chain.conv, AdaptiveModule):
             tail = replace(chain.tail)  # another one: what was made for the last is of norms as they were
             return lambda x, residual=None: chain.conv(x, residual, tail)

@@ -24,7 +24,7 @@ ORDER = (
     # cost counts the work of any module and knows nothing of ours
     ("ops", "cost", "convs", "cut", "chain_runs", "importance", "kept", "merge_pairs", "samples"),
     ("gates",),
-    ("layers", "fusion"),
+    ("layers", "fusion", "traced"),
     ("adaptive", "channels", "branches"),
     ("methods",),
     ("plan",),
