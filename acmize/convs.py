@@ -27,11 +27,9 @@ from acmize import ops
 # weights that were ordered for no shape can be ordered again, slowly, at every call.
 ORDERED_FOR = 16
 NO_POST = ("none", [], "")
-_CONV: Any = None
-_CONV_ADD: Any = None
-if ops.has_onednn():
-    _CONV = torch.ops.mkldnn._convolution_pointwise.default
-    _CONV_ADD = torch.ops.mkldnn._convolution_pointwise.binary
+_POINTWISE: Any = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+_CONV: Any = getattr(_POINTWISE, "default", None)
+_CONV_ADD: Any = getattr(_POINTWISE, "binary", None)
 
 
 def usable(x: Tensor) -> bool:
