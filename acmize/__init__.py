@@ -13,6 +13,7 @@ _LAZY = {
     "convert": "acmize.api",
     "convert_": "acmize.insert",
     "from_pretrained": "acmize.hub",
+    "fuse_": "acmize.fusion",
     "make_plan": "acmize.hosts",
     "push_to_hub": "acmize.hub",
     "record": "acmize.gates",

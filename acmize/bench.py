@@ -2,8 +2,8 @@
 
 Gates decide from data, so one tensor run again and again would time one set of choices: every call gets another batch
 of real inputs. Dense and adaptive take turns on the same batch, so that whatever else the machine does falls on both,
-and the fastest form of the dense model (eager, compiled, eager with the matrix products of `ops`) is the one to beat: a
-faster library is no merit of ours.
+and the fastest form of the dense model (eager, compiled, eager with the products of `ops` and the convolutions of
+`fusion`) is the one to beat: a faster library is no merit of ours.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from acmize.cost import evaluating
 from acmize.data import ImageSet, open_images
 from acmize.environment import peak_bytes
 from acmize.errors import AcmizeError
+from acmize.fusion import fuse_
 from acmize.gates import gates_of
 from acmize.hub import build_base
 from acmize.layers import fast_products_
@@ -399,10 +400,11 @@ def _bench_batch(
 
 
 def same_products(dense: nn.Module) -> nn.Module:
-    """A copy that shares the parameters and multiplies matrices as the adaptive model does."""
+    """A copy that shares the parameters, and multiplies and convolves as the adaptive model does."""
     shared = {id(t): t for t in (*dense.parameters(), *dense.buffers())}
     made = copy.deepcopy(dense, shared)
     fast_products_(made)
+    fuse_(made)
     return made
 
 

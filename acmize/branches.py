@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmize import ops
-from acmize.channels import grouped
 from acmize.gates import AdaptiveModule, Decision, Gate
+from acmize.samples import grouped
 
 
 class PartialBranches(AdaptiveModule):

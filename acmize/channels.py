@@ -19,7 +19,6 @@ BCHW, or channels last where the layers are linear.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -27,10 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from acmize import ops
+from acmize.chain_runs import FusedRuns
+from acmize.convs import NO_TAIL, Tail, usable
 from acmize.cut import Between, Bounds, CutLayer, pooled, without_norm
 from acmize.gates import AdaptiveModule, Decision, Gate
 from acmize.importance import order_units
-from acmize.samples import run_rows
+from acmize.samples import grouped, in_groups
 
 
 @ops.eager
@@ -42,23 +43,7 @@ def by_choice(x: Tensor, choice: Tensor, run: Callable[..., Tensor]) -> Tensor:
         choice: of each sample; read back to the host once.
         run: (some of x, `choice`, theirs) -> outputs of one shape a sample, whatever the choice.
     """
-    groups = grouped(choice)
-    if len(groups) == 1:
-        return run(x, choice=groups[0][0])
-    out: Tensor | None = None
-    for k, index in groups:
-        out = run_rows(partial(run, choice=k), x, index, out)
-    assert out is not None
-    return out
-
-
-def grouped(choice: Tensor) -> list[tuple[int, Tensor]]:
-    """(B,) choices -> each choice that occurs, with the samples (M,) that made it; an empty batch has choice 0."""
-    if len(choice) == 1:
-        return [(int(choice), torch.zeros_like(choice))]
-    counts = torch.bincount(choice, minlength=1).tolist()
-    index = choice.argsort().split(counts)
-    return [(k, i) for k, i in enumerate(index) if len(i)] or [(0, choice)]
+    return in_groups((x,), grouped(choice), run)
 
 
 class ChannelChain(AdaptiveModule):
@@ -73,6 +58,7 @@ class ChannelChain(AdaptiveModule):
     """
 
     per_sample = True
+    takes_tail = True
 
     def __init__(
         self,
@@ -86,18 +72,26 @@ class ChannelChain(AdaptiveModule):
         self.layers, self.between, self.bounds = nn.ModuleList(layers), nn.ModuleList(between), tuple(bounds)
         self.gate = gate
         self.positions = (1, 2) if layers[0].linear else (2, 3)
+        fusable = not any(layer.linear or isinstance(layer.geometry[1], str) for layer in layers)
+        self.runs: FusedRuns | None = FusedRuns(self) if fusable else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """X (B, D, H, W), or channels last -> the last layer's output."""
-        decision = self.decide(x.mean(self.positions))
+    def forward(self, x: Tensor, residual: Tensor | None = None, tail: Tail = NO_TAIL) -> Tensor:
+        """X (B, D, H, W), or channels last -> the last layer's output, and what follows it; see `convs.Tail`."""
+        mean, gate, runs = x.mean(self.positions), self.gate, self.runs if usable(x) else None
+        watched = self.recorder is not None or gate.choose is not None or gate.probe or gate.training
+        if runs is not None and x.size(0) == 1 and not watched:
+            return runs(x, residual, gate.pick(mean), tail)
+        decision = self.decide(mean)
+        if runs is not None and decision.keep is None:
+            return runs.batch(x, residual, decision.choice[:, 0], tail)
         if decision.keep is not None or ops.pick_backend(x) == "masked":
-            return self.forward_reference(x, decision)
-        return by_choice(x, decision.choice[:, 0], self.run)
+            return tail.plain(self.forward_reference(x, decision), residual)
+        return tail.plain(by_choice(x, decision.choice[:, 0], self.run), residual)
 
     def run(self, x: Tensor, choice: int) -> Tensor:
         """Samples that all run `choice` learners."""
         if choice == 0:
-            return self._constant(x)
+            return self.constant(x)
         *first, last = self.layers
         for layer, between, bounds in zip(first, self.between, self.bounds, strict=True):
             x = between.cut(layer.cut(x, choice), bounds[choice])  # pyright: ignore[reportCallIssue]
@@ -170,7 +164,7 @@ class ChannelChain(AdaptiveModule):
         self.bounds = tuple(b[: choice + 1] for b in self.bounds)
         self.gate.narrow_(choice)
 
-    def _constant(self, x: Tensor) -> Tensor:
+    def constant(self, x: Tensor) -> Tensor:
         """What is left of the chain when no channel runs: the last layer's bias."""
         bias = self.layers[-1].table(0)  # pyright: ignore[reportCallIssue]
         if self.layers[0].linear:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -96,10 +97,15 @@ def _counted(model: nn.Module, inputs: tuple[Any, ...]) -> FlopCounterMode:
 
 
 def _uncounted() -> dict[Any, Any]:
-    """OneDNN's products, which the counter does not know by itself."""
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return {}
-    return {torch.ops.mkldnn._linear_pointwise: _linear_flops}
+    """OneDNN's products and convolutions, which the counter does not know by itself."""
+    ops, known = torch.ops.mkldnn, {"_linear_pointwise": _linear_flops, "_convolution_pointwise": _conv_flops}
+    return {getattr(ops, name): count for name, count in known.items() if hasattr(ops, name)}
+
+
+def _conv_flops(x: Any, second: Any, third: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    """Shapes of (x, weight, bias), or (x, what is added, weight): each output is a product with a channel's weights."""
+    weight = third if third is not None and len(third) > 1 else second
+    return 2 * math.prod(out_shape) * math.prod(weight) // out_shape[1]
 
 
 def _linear_flops(x: tuple[int, int], weight: tuple[int, int], *_: Any, **__: Any) -> int:

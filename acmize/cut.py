@@ -8,7 +8,8 @@ where the layer is linear.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Conv2dSame, conv2d_same
 from torch import Tensor, nn
+
+from acmize.convs import ACTIVATIONS, FusedConv, Geometry, folded, scale_and_shift
 
 Bounds = tuple[int, ...]
 
@@ -53,11 +56,20 @@ class CutLayer(nn.Module):
 
     def cut(self, x: Tensor, choice: int) -> Tensor:
         """The leading slices of one choice, at least 1."""
+        return self._product(x, *self.slices(choice))
+
+    def slices(self, choice: int) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of one choice, at least 1."""
         out = None if self.after is None else self.after[choice]
         weight, bias = self.weight[:out], self.table(choice)
         if self.before is not None and not self.depthwise:
             weight = weight[:, : self.before[choice]]
-        return self._product(x, weight, None if bias is None else bias[:out])
+        return weight, None if bias is None else bias[:out]
+
+    def moves(self, weight: Tensor) -> Geometry:
+        """How a convolution with a slice of the weight moves over its input."""
+        stride, padding, dilation = self.geometry
+        return Geometry(stride, padding, dilation, len(weight) if self.depthwise else 1, self.same)
 
     def table(self, choice: int) -> Tensor | None:
         """(O,) what is added when `choice` learners run."""
@@ -85,10 +97,10 @@ class CutLayer(nn.Module):
     @torch.no_grad()
     def fold_(self, norm: Any) -> None:
         """Take in the BatchNorm behind this layer: y -> scale * y + shift."""
-        scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
-        shift = (0 if norm.bias is None else norm.bias) - scale * norm.running_mean
-        bias = shift if self.bias is None else scale * self.bias + shift
-        self.weight.mul_(scale.view(-1, *(1,) * (self.weight.dim() - 1)))
+        scale, shift = scale_and_shift(norm)
+        weight, bias = folded(self.weight, self.bias, scale, shift)
+        assert bias is not None, "a norm has a shift"
+        self.weight.copy_(weight)
         self.bias = nn.Parameter(bias.clone())
         if self.learner_bias is not None:
             self.learner_bias.mul_(scale)
@@ -172,6 +184,20 @@ def _norm(norm: Any, x: Tensor, width: int) -> Tensor:
     stats = (None if t is None else t[:width] for t in tensors)
     x = F.batch_norm(x, *stats, training=False, eps=norm.eps)
     return norm.act(norm.drop(x)) if hasattr(norm, "act") else x  # timm's BatchNormAct2d
+
+
+def fused_steps(layer: Any, between: Any, choice: int, width: int) -> list[Callable[..., Tensor]]:
+    """A layer cut to a choice and what lies behind it, in as few calls as it takes; see `convs`."""
+    (weight, bias), parts, act = layer.slices(choice), [p for p in between.parts if type(p) is not nn.Identity], None
+    if parts and isinstance(parts[0], nn.BatchNorm2d):
+        norm: Any = parts.pop(0)
+        weight, bias = folded(weight, bias, *(t[:width] for t in scale_and_shift(norm)))
+        if hasattr(norm, "act"):
+            parts.insert(0, norm.act)
+    if parts and type(parts[0]) in ACTIVATIONS:
+        act = parts.pop(0)
+    later = [partial(_norm, part, width=width) if isinstance(part, nn.BatchNorm2d) else part for part in parts]
+    return [FusedConv(weight, bias, layer.moves(weight), act), *later]
 
 
 def pooled(between: Any, size: Sequence[int]) -> Sequence[int]:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from acmize import ops, parallel
 from acmize.errors import AcmizeError
+from acmize.kept import Kept
 from acmize.padding import Padding
 
 Choose = Callable[["Gate", Tensor], Tensor]
@@ -158,6 +159,10 @@ class Gate(nn.Module):
             return Decision(choice, hard_keep(choice, self.num_learners).float().requires_grad_(), valid=valid)
         return Decision(choice, valid=valid)
 
+    def pick(self, x: Tensor) -> int:
+        """The choice for one sample x (1, D) of a gate with one group, in eval mode."""
+        return int(self(x).choice)
+
     def narrow_(self, choice: int) -> None:
         """Forget the learners beyond `choice` for good; subclasses narrow what predicts them."""
         self.num_learners = choice
@@ -196,6 +201,7 @@ class DamageGate(Gate):
         self.fc1 = nn.Linear(spec.dim, spec.hidden)
         self.fc2 = nn.Linear(spec.hidden, self.groups * self.num_learners)
         self.level = nn.Parameter(torch.zeros(spec.hidden))
+        self._parts: Kept[tuple[Any, ...]] = Kept()
 
     def log_damage(self, x: Tensor, dial: Tensor | None = None) -> Tensor:
         """X (..., D) -> (..., G, N): log damage of running 0..N-1 learners (running all does none).
@@ -223,6 +229,23 @@ class DamageGate(Gate):
         """In units of the price of the whole site, so that one temperature suits every site and budget."""
         unit = (self.price * self.cost[:, -1:]).clamp_min(1e-20)  # a price of 0 would divide by it
         return -(energy / unit) / self.temperature
+
+    def pick(self, x: Tensor) -> int:
+        """`energies` and its least in three operators: for one sample the others cost more than what they decide."""
+        w1, b1, w2, b2, costs = self._parts.get(self.modules, self._folded)
+        log_damage = F.linear(self.act(F.linear(x, w1, b1)), w2, b2).tolist()[0]
+        worst, best, least = -25.0, self.num_learners, costs[-1]
+        for k in range(self.num_learners - 1, self.min_choice - 1, -1):
+            worst = max(worst, min(log_damage[k], 10.0))
+            energy = math.exp(worst) + costs[k]
+            if energy <= least:
+                best, least = k, energy
+        return best
+
+    def _folded(self) -> tuple[Any, ...]:
+        """First layer with the dial in its bias, last layer, the price of each choice."""
+        bias = self.fc1.bias + self.level * self.dial
+        return self.fc1.weight, bias, self.fc2.weight, self.fc2.bias, (self.price * self.cost[0]).tolist()
 
     def narrow_(self, choice: int) -> None:
         """Choices beyond `choice` are gone; running that many counts as no damage from now on."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from acmize import padding
 from acmize.errors import AcmizeError
+from acmize.fusion import fuse_
 from acmize.gates import AdaptiveModule
 from acmize.layers import fast_products_
 from acmize.methods.token_merging import install_merging, why_not
@@ -72,4 +73,5 @@ def convert_(model: nn.Module, plan: Plan) -> nn.Module:
     if plan.merging is not None:
         install_merging(model, plan.merging)
     fast_products_(model)
+    fuse_(model)
     return model

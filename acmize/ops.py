@@ -352,7 +352,7 @@ def _runs_unit(bounds: tuple[int, ...], first: int, last: int, dtype: torch.dtyp
 
 
 # What oneDNN can do to its output while it writes it: acmize's name of an activation -> (name, algorithm).
-_POST_OPS = {
+POST_OPS = {
     "identity": ("none", ""),
     "gelu": ("gelu", "none"),
     "gelu_tanh": ("gelu", "tanh"),
@@ -363,9 +363,19 @@ _POST_OPS = {
 
 def _onednn(x: Tensor) -> bool:
     """Whether oneDNN multiplies matrices like x here: on some processors twice as fast as torch's default BLAS."""
-    if x.device.type != "cpu" or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return False
-    return x.dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return x.device.type == "cpu" and x.dtype == torch.float32 and has_onednn()
+
+
+def has_onednn() -> bool:
+    """Whether PyTorch carries oneDNN, with products and convolutions that apply what follows them, and may use it."""
+    # the flag alone: `torch.backends.mkldnn.enabled` goes through a property and a class
+    return _onednn_built() and torch._C._get_mkldnn_enabled()
+
+
+@lru_cache
+def _onednn_built() -> bool:
+    named = ("_linear_pointwise", "_convolution_pointwise", "_reorder_convolution_weight")
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in named)
 
 
 def _rows(count: int, x: Tensor, weight: Tensor) -> int:
@@ -389,7 +399,7 @@ def gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: Act | None 
     if not (large and _onednn(x)):
         y = F.linear(x, weight, bias)
         return y if act is None else act(y)
-    post = None if act is None else _POST_OPS.get(act_name(act) or "")
+    post = None if act is None else POST_OPS.get(act_name(act) or "")
     name, algorithm = post or ("none", "")
     y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
     return y if act is None or post else act(y)

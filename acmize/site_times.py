@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from acmize.cost import evaluating
+from acmize.fusion import fuse_
 from acmize.gates import Choose, Gate, choosing
 from acmize.inputs import Batch, forward
 from acmize.insert import convert_
@@ -58,6 +59,8 @@ def site_times(dense: nn.Module, plan: Plan, inputs: Batch, seed: int = 0) -> li
     fast_products_(plain)
     choose = _even(torch.Generator().manual_seed(seed))
     spent: dict[str, tuple[list[float], list[float]]] = {place: ([], []) for place, _ in places.values()}
+    for place in spent:
+        fuse_(plain.get_submodule(place))  # by itself, as what stands in its place: hooks would undo a larger one
     with evaluating(plain, adaptive), torch.inference_mode(), choosing(adaptive, choose):
         for number in range(WARMUP + ROUNDS):
             for side, model in enumerate((plain, adaptive)):

@@ -22,9 +22,9 @@ ORDER = (
     ("kernels",),
     ("inputs", "padding"),
     # cost counts the work of any module and knows nothing of ours
-    ("ops", "cost", "cut", "importance", "merge_pairs", "samples"),
+    ("ops", "cost", "convs", "cut", "chain_runs", "importance", "kept", "merge_pairs", "samples"),
     ("gates",),
-    ("layers",),
+    ("layers", "fusion", "traced"),
     ("adaptive", "channels", "branches"),
     ("methods",),
     ("plan",),

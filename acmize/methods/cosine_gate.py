@@ -36,9 +36,9 @@ from torch import Tensor, nn
 from acmize import ops, parallel
 from acmize.gates import AdaptiveModule, DamageGate, Decision, Gate, GateSpec
 from acmize.registry import Keep, Method, Refused, register
-from acmize.samples import at_once, run_rows
+from acmize.samples import joined, padded, put_among, put_back, run_rows, take
 
-IN_VAIN = 16  # one sample in so many may run a block in vain: moving the others costs as much
+IN_VAIN = 8  # one sample in so many may run a block in vain: moving the others costs as much
 ANNEAL = 0.4  # share of phase 3 over which the true CIR gives way to the predicted one
 
 
@@ -78,29 +78,23 @@ class BlockGate(DamageGate):
     """
 
     act = staticmethod(F.relu)
-    _folded: tuple[Any, tuple[Tensor, ...]] | None = None
 
-    def runs(self, x: Tensor) -> Tensor:
-        """X (B, D) -> (B,) bool, what `forward` decides in fewer operations: a block of one sample is small."""
-        w1, b1, w2, threshold = self.folded()
-        return F.linear(self.act(F.linear(x, w1, b1)), w2)[:, 0] > threshold
+    pick = Gate.pick
+
+    def margin(self, x: Tensor) -> Tensor:
+        """X (B, D) -> (B, 1), log damage less what is worth the block, by the fewest operators; positive: it runs."""
+        w1, b1, w2, b2 = self._parts.get(self.modules, self._folded)
+        return F.linear(self.act(F.linear(x, w1, b1)), w2, b2)
 
     def head(self) -> tuple[Tensor, Tensor]:
         """Weight (1, hidden) and bias (1,) from hidden units to log damage."""
         return self.fc2.weight, self.fc2.bias
 
-    def folded(self) -> tuple[Tensor, ...]:
-        """First layer with the dial in its bias, last layer, and the least log damage that is worth the block.
-
-        Kept until a parameter or the dial changes.
-        """
-        sources = (*self.parameters(), self.dial, self.price)
-        key = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in sources)
-        if self._folded is None or self._folded[0] != key:
-            weight, bias = self.head()
-            threshold = (self.price * self.cost[0, -1]).log() - bias[0]
-            self._folded = key, (self.fc1.weight, self.fc1.bias + self.level * self.dial, weight, threshold)
-        return self._folded[1]
+    def _folded(self) -> tuple[Any, ...]:
+        """First layer with the dial in its bias, last layer less the threshold."""
+        weight, bias = self.head()
+        threshold = (self.price * self.cost[0, -1]).log()
+        return self.fc1.weight, self.fc1.bias + self.level * self.dial, weight, bias - threshold
 
 
 class GumbelGate(BlockGate):
@@ -199,7 +193,10 @@ class SkippableBlock(AdaptiveModule):
         gate: Any = self.gate
         watched = self.recorder is not None or gate.choose is not None or gate.probe
         if not (watched or masked or torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            return _gathered(self, x, gate.runs(pooled))
+            margin = gate.margin(pooled)
+            if x.size(0) == 1:
+                return self.block(x) if margin.item() > 0 else self.skipped(x)
+            return _gathered(self, x, margin[:, 0] > 0)
         decision = self.decide(pooled)
         if decision.keep is not None or masked:
             return self.forward_reference(x, decision)
@@ -218,7 +215,10 @@ class SkippableBlock(AdaptiveModule):
         """What an input becomes that does not run the block; activations write into an input that is `owned`."""
         if self.rest is None:
             return x
-        return self.block.get_submodule(self.rest)(x if owned else x.clone())
+        rest = self.block.get_submodule(self.rest)
+        if type(rest) is nn.ReLU and not owned:
+            return x.relu()
+        return rest(x if owned else x.clone())
 
     def run_with_cir(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Output (B, C, H, W) of the whole block, and CIR (B, 1) without gradient."""
@@ -250,15 +250,20 @@ class SkippableBlock(AdaptiveModule):
 @ops.eager
 def _gathered(module: SkippableBlock, x: Tensor, runs: Tensor) -> Tensor:
     """Run the block on the samples (B,) that keep it, some at a time, and on nothing else."""
-    if len(x) == 1:
-        return module.block(x) if runs else module.skipped(x)
-    rows, rest, size = runs.nonzero().flatten(), runs.logical_not().nonzero().flatten(), at_once(x)
+    if len(x) < 2:
+        return module.block(x) if runs.any() else module.skipped(x)
+    rows, rest = runs.nonzero().flatten(), runs.logical_not().nonzero().flatten()
     if len(rest) * IN_VAIN <= len(x):
-        y = module.block(x) if len(x) <= size else torch.cat([module.block(part) for part in x.split(size)])
-        return y.index_copy_(0, rest, module.skipped(x[rest], owned=True).to(y.dtype)) if len(rest) else y
-    out = run_rows(module.block, x, rows, module.skipped(x.clone(), owned=True))
-    assert out is not None
-    return out
+        y = joined(run_rows(module.block, (x,), 0, len(x)))
+        return put_among(y, rest, [module.skipped(take(x, rest), owned=True)] if len(rest) else [])
+    if len(rows) <= len(rest):  # most only pass through: the others are put among them
+        out = module.skipped(x)
+        out = out.clone() if out is x else out
+        return put_among(out, rows, run_rows(module.block, (take(x, padded(rows)),), 0, len(rows)))
+    order = torch.cat([rows, rest])
+    x = take(x, order)
+    skipped = module.skipped(x[len(rows) :], owned=True)  # first: a block that writes to its input may run on them too
+    return put_back([*run_rows(module.block, (x,), 0, len(rows)), skipped], order)
 
 
 @torch.no_grad()

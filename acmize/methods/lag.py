@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from acmize.channels import ChannelChain
 from acmize.cut import Between, CutLayer, chain_macs, steps
-from acmize.gates import DamageGate, Decision, GateSpec
+from acmize.gates import DamageGate, Decision, Gate, GateSpec
 from acmize.ops import even_bounds
 from acmize.registry import Keep, Method, Refused, register
 
@@ -65,6 +65,8 @@ class LogisticGate(DamageGate):
 
     Without damages to fit, the last layer starts at zero with a bias of 2: every sample alike, and all on at price 0.
     """
+
+    pick = Gate.pick  # its energies are its own
 
     def __init__(self, spec: GateSpec) -> None:
         super().__init__(spec)
