@@ -1,6 +1,7 @@
 """Time of wav2vec2-base, label-free, at half of its encoder's budget: 10 seconds of speech on a CPU.
 
 Command:   python recipes/time_wav2vec2_base.py --output runs/wav2vec2_time
+           python recipes/time_wav2vec2_base.py --output runs/wav2vec2_merged --merge budget    with frames merged
            python recipes/time_wav2vec2_base.py --smoke            two narrow layers, 1 second, under a minute
 Shows:     as `acmize bench` for speech: milliseconds of the whole model and of its encoder (the blocks), dense and at
            each budget, and the bound that the front end, which is never cut, puts on the whole.
@@ -50,6 +51,7 @@ def cut(source: Path, folder: Path, seconds: float, count: int) -> str:
 def main() -> None:
     """Convert, time, table."""
     parser = common.parser(__doc__ or "", __file__, budgets=(1.0, 0.5))
+    parser.add_argument("--merge", default="auto", help="auto (a CTC model's frames stay apart), or budget")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
@@ -58,7 +60,9 @@ def main() -> None:
     narrow = {**MODEL, "num_hidden_layers": 2}
     seconds, count, repeats = (0.5, 4, 2) if args.smoke else (SECONDS, WANTED, args.repeats)
     source = common.assets() / "data" / ("fsdd" if args.smoke else "librispeech_mini")
-    recipe = resolve(options, {"phases": (), "budget": 0.5, "budgets": args.budgets, "limit": None})
+    recipe = resolve(
+        options, {"phases": (), "budget": 0.5, "budgets": args.budgets, "merge": args.merge, "limit": None}
+    )
     setting = Setting(device=args.device, seed=args.seed, repeats=repeats, threads=args.threads)
     with tempfile.TemporaryDirectory() as folder:
         dense = untrained(Path(folder) / "model", args.seed, narrow if args.smoke else BASE, RATE)
