@@ -3,6 +3,7 @@
 Command:   python recipes/ada_pconv_tiny.py --output runs/ada --data FOLDER --epochs 30 --seeds 0 1 2 --device cuda
                                             the published protocol (FOLDER as written by tools/cifar10_full.py)
            python recipes/ada_pconv_tiny.py --output runs/ada-small --limit 2000 --epochs 3        reduced, for a CPU
+           python recipes/ada_pconv_tiny.py --output runs/ada-time --time --threads 2      no training, a quiet machine
            python recipes/ada_pconv_tiny.py --smoke                                               digits, under a minute
 Shows:     for each seed, all from the same start, with the same batches:
            baseline          static partial convolutions, r = 1/4: always 1/4
@@ -10,6 +11,8 @@ Shows:     for each seed, all from the same start, with the same batches:
            soft              as published: all three branches, weighed
            hard              one branch a sample, grouped; hinge on the cost above r = 1/4, balance term
            random            `hard` with branches drawn from each router's own histogram
+           With --time: milliseconds of baseline, soft and hard, random weights, each branch drawn for a third of the
+           samples, in turns on the same images.
 Protocol:  AdamW 1e-3, cosine, batch 128, no augmentation, as published; which part of the data and how many epochs: in
            results.json. 10 % of the training images are held out (histograms of `random`); nothing is chosen on the
            test split, which each row reads once.
@@ -32,10 +35,11 @@ import torch
 from torch import nn
 
 import acmize.cifar_models  # noqa: F401 - registers TinyModel
+from acmize.bench import WARMUP, Call, draws, interleaved, percentiles, same_products, threads
 from acmize.controls import histograms, random_choice
 from acmize.cost import count_macs
 from acmize.evaluate import evaluate_at, reference
-from acmize.gates import set_dial
+from acmize.gates import choosing, set_dial
 from acmize.hosts import example_input, make_plan
 from acmize.init import init_
 from acmize.insert import convert_
@@ -63,6 +67,8 @@ def main() -> None:
     parser = common.parser(__doc__ or "", __file__)
     parser.add_argument("--data", help="folder of CIFAR-10 (default: that of ACMIZE_ASSETS, 10,000 training images)")
     parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--time", action="store_true", help="only that: nothing is trained")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
     options = common.start(args, __file__)
@@ -71,6 +77,18 @@ def main() -> None:
     recipe = resolve(options, more, {"train": {"epochs": 1 if args.smoke else args.epochs}})
     data = common.photographs(True) if args.smoke else args.data or str(common.assets() / "data" / "cifar10")
     rows = common.Rows(args, __file__)
+    found = timed(args, common.Bench(tiny(args), data, recipe)) if args.time or args.smoke else []
+    if args.time:
+        for row in found:
+            rows.measure(f"{row['model']}, batch of {row['batch_size']}", lambda row=row: row)
+        return rows.show(
+            {
+                "model": lambda key, _: key,
+                "ms": lambda _, r: f"{r['ms']:.2f}",
+                "over soft": lambda _, r: f"{r['over_soft']:.2f}",
+                "over the baseline": lambda _, r: f"{r['over_baseline']:.2f}",
+            }
+        )
     for seed in args.seeds:
         measure(args, rows, recipe, data, seed)
     for name in (*DIVISORS, "soft", "hard", "random"):
@@ -95,6 +113,35 @@ def mean(found: list[common.Row]) -> common.Row:
     return {**sizes, "accuracy": fmean(accuracies), "spread": spread}
 
 
+def routed_model(dense: nn.Module, mode: Any) -> tuple[nn.Module, Any]:
+    """The model with routers, which weigh nothing by price; and its plan."""
+    plan = make_plan(dense, AdaPConvConfig(mode=mode))
+    model = convert_(copy.deepcopy(dense), plan)
+    init_(model, dense, plan, {})
+    set_dial(model, TRAINED)
+    return model.eval(), plan
+
+
+def timed(args: Any, bench: common.Bench) -> list[common.Row]:
+    """Median milliseconds of the untrained models, for one image and for 64."""
+    generator, rounds = torch.Generator().manual_seed(0), 2 if args.smoke else 60
+    start = same_products(bench.model).eval()
+    models = {"baseline": start, **{mode: routed_model(bench.model, mode)[0] for mode in ("soft", "hard")}}
+    images, rows = next(iter(bench.test))[0], []
+
+    def evenly(gate: Any, x: Any) -> Any:
+        return torch.randint(1, gate.num_learners + 1, (*x.shape[:-1], gate.groups), generator=generator)
+
+    with threads(args.threads), torch.inference_mode(), choosing(models["hard"], evenly):
+        for size in (1, min(64, len(images))):
+            batches = [images[index] for index in draws(len(images), size, WARMUP + rounds, generator)]
+            spent = interleaved({name: Call(model) for name, model in models.items()}, batches)
+            ms = {name: percentiles(seconds)["p50"] for name, seconds in spent.items()}
+            over = {name: {"over_soft": ms["soft"] / t, "over_baseline": ms["baseline"] / t} for name, t in ms.items()}
+            rows += [{"model": name, "batch_size": size, "ms": t, **over[name]} for name, t in ms.items()]
+    return rows
+
+
 def measure(args: Any, rows: common.Rows, recipe: Any, data: Any, seed: int) -> None:
     """All rows of one seed."""
     torch.manual_seed(seed)
@@ -111,10 +158,7 @@ def measure(args: Any, rows: common.Rows, recipe: Any, data: Any, seed: int) -> 
         return {"macs": macs, "macs_dense": whole, "macs_ratio": macs / whole, "accuracy": accuracy}
 
     def routed(mode: Any, at_random: bool = False) -> common.Row:
-        plan = make_plan(start, AdaPConvConfig(mode=mode))
-        model = convert_(copy.deepcopy(start), plan)
-        init_(model, start, plan, {})
-        set_dial(model, TRAINED)
+        model, plan = routed_model(start, mode)
         model = trained(args, bench, recipe, mode, model, seed)
         chosen = histograms(model, bench.held)
         choose = random_choice(model, chosen, torch.Generator().manual_seed(seed)) if at_random else None
