@@ -244,14 +244,12 @@ class _Conversion:
                 f"fit_batch: no site pays on this device in batches of {size}; try a larger batch, "
                 "merge tokens (--merge budget), or leave it out"
             )
-        names = [name for t in losing for name in t.names]
-        while merges and losing and self._plan_without(names).budget_range[0] > self.recipe.budget:
+        while merges and losing and self._plan_without(_names(losing)).budget_range[0] > self.recipe.budget:
             least, *losing = losing
             log.info("%d entries like %s: needed to reach %g", len(least.names), least.names[0], self.recipe.budget)
-            names = [name for t in losing for name in t.names]
         if len(losing) == len(times):
             log.info("no site pays in batches of %d: tokens are merged, and nothing else", size)
-        return names
+        return _names(losing)
 
     def _stage(self, name: str, run: Callable[[], None]) -> None:
         """Run a stage, or load what it left behind."""
@@ -480,6 +478,10 @@ class _Conversion:
     def _described(self) -> dict[str, Any]:
         told = {"data": self.recipe.data or self.images.name, "seconds": self.seconds, "peak_gb": self.peaks}
         return {**self.recipe.to_dict(), **told, **self.measured}
+
+
+def _names(times: list[SiteTime]) -> list[str]:
+    return [name for t in times for name in t.names]
 
 
 def _down_to(low: float, *budgets: float) -> tuple[float, ...]:

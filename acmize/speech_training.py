@@ -2,8 +2,7 @@
 
 The convolutional front end stays as it was pretrained, as is usual for these families. Frames are masked by SpecAugment
 (arXiv 1904.08779) for the adaptive model alone: the dense one that teaches it hears everything. Layers are not skipped
-at random (layerdrop), since their gates would have nothing to learn from, and the families' own masking is off. So is
-dropout, that of functions too: see `finetune.undisturbed`.
+at random (layerdrop), since their gates would have nothing to learn from, and the families' own masking is off.
 
 Shapes: B samples, C channels or classes, T frames, U labels.
 """
@@ -25,7 +24,6 @@ from acmize.phases.finetune import Task
 from acmize.recipe import TrainOptions
 
 _DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop", "mask_time_prob", "mask_feature_prob")
-_DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout")  # where functions take them
 
 
 def transcript_task(model: Any, smoothing: float = 0.0) -> Task:
@@ -56,7 +54,7 @@ def training(model: Any, options: TrainOptions, *, whole: bool = False) -> Itera
     Args:
         model: of speech.
         options: of SpecAugment.
-        whole: train the front end too, and with dropout, as for a model from scratch.
+        whole: train the front end too, as for a model from scratch.
     """
     front = front_end(model)
     frozen = (
@@ -64,9 +62,7 @@ def training(model: Any, options: TrainOptions, *, whole: bool = False) -> Itera
     )
     frozen = [p for p in frozen if p.requires_grad]
     places = (model.config, *model.modules())
-    names = _DROPS if whole else (*_DROPS, *_DROPOUTS)
-    before = [(place, name, vars(place)[name]) for place in places for name in names if name in vars(place)]
-    before = [row for row in before if isinstance(row[-1], float)]  # some layers have a module of that name
+    before = [(place, name, getattr(place, name)) for place in places for name in _DROPS if name in vars(place)]
     tap, masking = model.get_submodule(front.tap), options.mask_time > 0 or options.mask_channels > 0
     handles = [_mask_at(tap, front, options)] if masking else []
     try:

@@ -29,6 +29,8 @@ from acmize.phases._shard import sharded
 from acmize.phases.calibrate import Calibration, set_budget
 from acmize.plan import Plan
 
+# Where timm's DropPath, and what transformers drops by functions, keep their rates.
+_RATES = ("drop_prob", "dropout", "attention_dropout", "activation_dropout", "hidden_dropout")
 Task = Callable[[Tensor, Batch, Any], Tensor]  # logits as the model gives them, inputs, labels -> a term
 
 
@@ -172,7 +174,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     modules = list(model.modules())
     drops = [(m, "p", m.p) for m in modules if isinstance(m, nn.modules.dropout._DropoutNd)]
-    drops += [(m, "drop_prob", m.drop_prob) for m in modules if type(m).__name__ == "DropPath"]  # timm's
+    drops += [(m, n, vars(m)[n]) for m in modules for n in _RATES if isinstance(vars(m).get(n), float)]
     try:
         for module in modules:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -254,6 +256,5 @@ def _soft_choices(seen: Recorder) -> list[Tensor]:
 
 
 __all__ = [
-    "FinetuneConfig", "Task", "drawn_budget", "features_and_logits", "finetune", "of_classes",
-    "undisturbed",
+    "FinetuneConfig", "Task", "drawn_budget", "features_and_logits", "finetune", "of_classes", "undisturbed",
 ]  # fmt: skip
