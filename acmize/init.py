@@ -59,7 +59,8 @@ def collect_moments(dense: nn.Module, plan: Plan, batches: Iterable[Batch]) -> M
     wanted = _wanted(plan)
     if not wanted:
         return {}
-    modules, moments, handles = dict(dense.named_modules()), {}, []
+    modules, handles = dict(dense.named_modules()), []
+    moments = {path: _no_moments(modules[path], *how) for path, how in wanted.items()}
 
     def hook(path: str, side: str, heads: int) -> Any:
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -69,7 +70,7 @@ def collect_moments(dense: nn.Module, plan: Plan, batches: Iterable[Batch]) -> M
             z = rows(z, padding(path))
             z = F.pad(z.reshape(-1, heads, z.shape[-1] // heads).float(), (0, 1), value=1.0).transpose(0, 1)
             new = gemm(z[0].T, z[0].T)[None] if heads == 1 else z.mT @ z
-            moments[path] = moments.get(path, 0) + new.double()
+            moments[path] += new  # in float64
 
         return add
 
@@ -82,7 +83,7 @@ def collect_moments(dense: nn.Module, plan: Plan, batches: Iterable[Batch]) -> M
     finally:
         for handle in handles:
             handle.remove()
-    parallel.total_(moments[path] for path in wanted)
+    parallel.total_(moments.values())
     for path, moment in moments.items():
         if not moment.isfinite().all():
             raise AcmizeError(
@@ -152,8 +153,16 @@ def portions(dense: nn.Module, plan: Plan, limit: int) -> list[Plan]:
 
 
 def _moment_bytes(layer: Any, side: str, heads: int) -> int:
-    width = len(layer.weight) if side == "output" else layer.weight[:1].numel()
-    return 8 * heads * (width // heads + 1) ** 2
+    return 8 * heads * _moment_size(layer, side, heads) ** 2
+
+
+def _moment_size(layer: Any, side: str, heads: int) -> int:
+    return layer.weight.shape[0 if side == "output" else 1] // heads + 1
+
+
+def _no_moments(layer: Any, side: str, heads: int) -> Tensor:
+    size = _moment_size(layer, side, heads)
+    return torch.zeros(heads, size, size, dtype=torch.double, device=layer.weight.device)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ Result:    docs/scale.md. Assumptions: `Setting`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +110,8 @@ class Model:
         """Statistics by passes of the dense model; each process then solves everything."""
         count = min(s.recipe.moments, s.images)
         solves = sum(1.5 * e.bounds[-1] ** 3 for e in self.plan.entries if e.form == "prefix")
-        work = count * (self.passes * self.plan.macs_dense + self.moment_macs) / s.processes + solves
+        whole = math.ceil(math.ceil(count / s.recipe.batch_size) / s.processes) * s.recipe.batch_size
+        work = min(count, whole) * (self.passes * self.plan.macs_dense + self.moment_macs) + solves
         memory = 2 * self.weights + min(self.moments, MOMENT_BYTES) + 5 * 8 * self.widest**2
         return Cost(macs=work, memory=memory, traffic=_reduced(self.moments, s.processes))
 

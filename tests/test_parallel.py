@@ -80,18 +80,18 @@ def test_accelerate_that_starts_one_process_on_a_cpu_is_told(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 20])
-def test_every_row_has_one_process(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_row_and_every_whole_batch_has_one_process(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = [torch.arange(start, min(start + 3, count)) for start in range(0, count, 3)]
     parts, dealt = [], []
     monkeypatch.setattr(parallel, "processes", lambda: 4)
     for rank in range(4):
         monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
         parts += range(count)[parallel.part(count)]
-        mine = [i for batch in parallel.spread(batches) for i in batch.tolist()]
-        assert count // 4 <= len(mine) <= -(-count // 4)
+        mine = [batch.tolist() for batch in parallel.spread(batches)]
+        assert len(batches) // 4 <= len(mine) <= -(-len(batches) // 4)
         dealt += mine
     assert parts == list(range(count))
-    assert sorted(dealt) == list(range(count))
+    assert sorted(dealt) == [batch.tolist() for batch in batches]
 
 
 def test_a_process_without_rows_runs_one_for_company(monkeypatch: pytest.MonkeyPatch) -> None:
