@@ -5,6 +5,7 @@ Shapes: B samples, C classes.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from acmize.plan import Plan
 from acmize.speech import Spoken
 
 Batch = tuple[Tensor, Tensor]
+KL_FLOOR = 1e-3  # less of it is no difference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,10 +170,13 @@ def evaluate(
 
 
 def mean_error(results: Sequence[dict[str, Any]], *, by_labels: bool = True) -> float:
-    """One number for the rows of `evaluate`, less is better: the mean error rate, or the mean KL to the dense model.
+    """One number for the rows of `evaluate`, less is better: the mean error rate, or the geometric mean KL to dense.
 
     The KL where there are no labels, or where nothing was trained on them (`by_labels` False): on a few hundred images
-    it tells apart what counted errors cannot. The cross-entropy is not asked: it rises as soon as training makes the
-    model too sure of itself, errors or not.
+    it tells apart what counted errors cannot. Its mean is geometric, above `KL_FLOOR`: a budget out of reach, with a
+    hundred times the KL of the others, would decide alone. The cross-entropy is not asked: it rises as soon as
+    training makes the model too sure of itself, errors or not.
     """
-    return fmean(1 - r["accuracy"] if by_labels and r["accuracy"] is not None else r["kl"] for r in results)
+    if by_labels and all(r["accuracy"] is not None for r in results):
+        return fmean(1 - r["accuracy"] for r in results)
+    return math.exp(fmean(math.log(max(r["kl"], 0.0) + KL_FLOOR) for r in results)) - KL_FLOOR

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from short import converted
 from torch import nn
 
 from acmize import api
-from acmize.evaluate import evaluate, mean_error, reference
+from acmize.evaluate import KL_FLOOR, evaluate, mean_error, reference
 from acmize.images import Images
 from acmize.losses import teacher_loss
 from acmize.models import load_model
@@ -69,8 +70,18 @@ def test_the_score_is_the_error_rate_or_without_labels_the_divergence(model: Any
             logits = model(inputs)
             wrong = (logits.argmax(-1) != labels)[labels >= 0].double().mean()
             expected.append((wrong if labelled else teacher_loss(logits, dense(inputs))).item())
-    assert found == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+    if not labelled:
+        expected = [math.log(kl + KL_FLOOR) for kl in expected]
+    mean = sum(expected) / len(expected)
+    assert found == pytest.approx(mean if labelled else math.exp(mean) - KL_FLOOR, rel=1e-4)
     assert found > 0
+
+
+def test_a_budget_out_of_reach_does_not_decide_alone() -> None:
+    before = [{"kl": 0.5, "accuracy": None}, {"kl": 0.1, "accuracy": None}, {"kl": 20.0, "accuracy": None}]
+    after = [{"kl": 0.1, "accuracy": None}, {"kl": 0.02, "accuracy": None}, {"kl": 22.0, "accuracy": None}]
+    assert mean_error(after) < mean_error(before)
+    assert mean_error([{"kl": 0.0, "accuracy": None}]) == pytest.approx(0.0)
 
 
 def test_training_ruined_by_its_rate_is_left_behind() -> None:
