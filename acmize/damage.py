@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmize import parallel
+from acmize.environment import release_memory
 from acmize.errors import AcmizeError
 from acmize.gates import AdaptiveModule, Choose, Gate, choosing, record
 from acmize.inputs import Batch, counted, forward, logits_of
@@ -125,7 +126,11 @@ def collect_damage(
         model.train(training)
         for p in frozen:
             p.requires_grad_(True)
-    return {gate: rows.pop(gate).joined() for gate in list(rows)}  # one after the other: they are gigabytes
+    found: dict[Gate, GateData] = {}
+    for gate in list(rows):  # gigabytes, in pieces that lie between those of other gates
+        found[gate] = rows.pop(gate).joined()
+        release_memory()
+    return found
 
 
 def _drawn(probabilities: Tensor, draws: int, generator: torch.Generator) -> Tensor:
