@@ -16,7 +16,7 @@ _LAZY = {
     "fuse_": "acmize.fusion",
     "make_plan": "acmize.hosts",
     "push_to_hub": "acmize.hub",
-    "record": "acmize.gates",
+    "record": "acmize.recording",
     "save_pretrained": "acmize.hub",
 }
 __all__ = ["AcmConfig", "AcmizeError", "Plan", "PlanEntry", "Site", "__version__", *_LAZY]

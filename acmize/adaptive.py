@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmize import ops
-from acmize.gates import AdaptiveModule, Decision, Gate
+from acmize.decision import Decision
+from acmize.gates import Gate
 from acmize.layers import Contract, Expand, GateLink, LowRank
+from acmize.recording import AdaptiveModule
 
 
 class AcmMlp(AdaptiveModule):

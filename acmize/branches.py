@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmize import ops
-from acmize.gates import AdaptiveModule, Decision, Gate
+from acmize.decision import Decision
+from acmize.gates import Gate
+from acmize.recording import AdaptiveModule
 from acmize.samples import grouped
 
 

@@ -29,8 +29,10 @@ from acmize import ops
 from acmize.chain_runs import FusedRuns
 from acmize.convs import NO_TAIL, Tail, usable
 from acmize.cut import Between, Bounds, CutLayer, pooled, without_norm
-from acmize.gates import AdaptiveModule, Decision, Gate
+from acmize.decision import Decision
+from acmize.gates import Gate
 from acmize.importance import order_units
+from acmize.recording import AdaptiveModule
 from acmize.samples import grouped, in_groups
 
 

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from acmize import parallel
 from acmize.adaptive import AcmMlp, AcmOut
 from acmize.cost import evaluating
-from acmize.gates import AdaptiveModule, Decision, record
+from acmize.decision import Decision
 from acmize.inputs import Batch, forward
 from acmize.layers import Contract
 from acmize.ops import unit_mask
+from acmize.recording import AdaptiveModule, record
 
 
 @dataclass

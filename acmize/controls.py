@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from acmize.cost import count_macs, evaluating
 from acmize.errors import AcmizeError
-from acmize.gates import AdaptiveModule, Choose, Gate, record
+from acmize.gates import Choose, Gate
 from acmize.hosts import example_input
 from acmize.inputs import Batch, forward
 from acmize.methods.token_merging import schedule_of, set_schedule
 from acmize.plan import Merging, Plan
+from acmize.recording import AdaptiveModule, record
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from acmize import parallel
 from acmize.environment import release_memory
 from acmize.errors import AcmizeError
-from acmize.gates import AdaptiveModule, Choose, Gate, choosing, record
+from acmize.gates import Choose, Gate, choosing
 from acmize.inputs import Batch, counted, forward, logits_of
+from acmize.recording import AdaptiveModule, record
 
 
 @dataclass

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from acmize import parallel
 from acmize.cost import evaluating
 from acmize.evaluate_speech import SpeechReference, evaluate_speech_at, reference_speech
-from acmize.gates import Choose, SiteTally, choosing, record
+from acmize.gates import Choose, choosing
 from acmize.inputs import logits_of
 from acmize.methods.token_merging import schedule_of
 from acmize.phases.calibrate import Calibration, missed, set_budget
 from acmize.plan import Plan
+from acmize.recording import SiteTally, record
 from acmize.speech import Spoken
 
 Batch = tuple[Tensor, Tensor]

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from acmize import parallel
 from acmize.audio import Utterance
 from acmize.cost import evaluating
-from acmize.gates import Choose, Recorder, SiteTally, choosing, record
+from acmize.gates import Choose, choosing
 from acmize.inputs import Inputs, counted, forward
 from acmize.merge_pairs import held_together
 from acmize.methods.token_merging import schedule_of, tracing
 from acmize.plan import Plan
+from acmize.recording import Recorder, SiteTally, record
 from acmize.speech import Listener, Spoken
 
 SILENT_DB = -30.0  # of a frame's energy, below the loud frames of its utterance

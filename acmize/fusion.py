@@ -24,8 +24,8 @@ from torch import Tensor, fx, nn
 
 from acmize.convs import FusedConv, Geometry, folded, scale_and_shift, usable
 from acmize.cost import evaluating
-from acmize.gates import AdaptiveModule
 from acmize.kept import Kept
+from acmize.recording import AdaptiveModule
 from acmize.samples import ROWS, joined, samples_in_cache
 from acmize.traced import Chain, Modules, Tracer, chains_of
 

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from acmize import __about__, hf_models
 from acmize.checkpoint import atomic_dir, write_json
 from acmize.errors import AcmizeError
-from acmize.gates import record
 from acmize.hosts_speech import is_speech
 from acmize.inputs import Batch, forward
 from acmize.insert import convert_
 from acmize.methods.token_merging import schedule_of
 from acmize.phases.calibrate import Calibration, set_budget
 from acmize.plan import Plan
+from acmize.recording import record
 from acmize.results import Results, latency_table, metric_of, results_table
 from acmize.saved import SCHEMA, check_weights, load_state, read_saved
 from acmize.untrusted import sketched

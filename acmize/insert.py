@@ -10,10 +10,10 @@ from torch import nn
 from acmize import padding
 from acmize.errors import AcmizeError
 from acmize.fusion import fuse_
-from acmize.gates import AdaptiveModule
 from acmize.layers import fast_products_
 from acmize.methods.token_merging import install_merging, why_not
 from acmize.plan import Plan
+from acmize.recording import AdaptiveModule
 from acmize.registry import method_for
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmize import ops
-from acmize.gates import Decision
+from acmize.decision import Decision
 
 
 class Dense(nn.Linear):

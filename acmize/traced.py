@@ -12,7 +12,7 @@ from timm.layers import BatchNormAct2d, Conv2dSame, DropPath
 from torch import fx, nn
 
 from acmize.convs import ACTIVATIONS, Geometry, Tail
-from acmize.gates import AdaptiveModule
+from acmize.recording import AdaptiveModule
 
 _NORMS = (nn.BatchNorm2d, BatchNormAct2d)
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d, DropPath)  # in eval mode

@@ -25,14 +25,16 @@ from acmize.bench import check_device, dense_of
 from acmize.bench_speech import real_inputs
 from acmize.controls import random_choice
 from acmize.cost import evaluating
+from acmize.decision import Decision
 from acmize.errors import AcmizeError
-from acmize.gates import AdaptiveModule, Choose, Decision, Gate, choosing, full_width, gates_of, record
+from acmize.gates import Choose, Gate, choosing, full_width, gates_of
 from acmize.hosts import example_input
 from acmize.hosts_speech import example_speech, is_speech
 from acmize.hub import from_pretrained, save_pretrained
 from acmize.inputs import Batch, Inputs, counted, forward, logits_of
 from acmize.kernels.linear import is_available
 from acmize.methods.token_merging import schedule_of, set_schedule
+from acmize.recording import AdaptiveModule, record
 
 log = logging.getLogger("acmize")
 

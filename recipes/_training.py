@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from acmize.checkpoint import load_tensors, read_json, save_tensors, write_json
 from acmize.controls import gates_share, static_width
-from acmize.gates import Choose, choosing, record
+from acmize.gates import Choose, choosing
 from acmize.phases._loop import History, fit
 from acmize.phases.calibrate import Calibration, calibrate, set_budget
 from acmize.phases.finetune import finetune
 from acmize.recipe import Recipe
+from acmize.recording import record
 from acmize.removal import remove_dead_
 
 

@@ -29,10 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from acmize.cost import evaluating
-from acmize.gates import record
 from acmize.phases.calibrate import calibrate
 from acmize.phases.finetune import FinetuneConfig, finetune
 from acmize.recipe import resolve
+from acmize.recording import record
 
 TERMS = ("budget", "entropy", "diversity")
 

@@ -44,12 +44,12 @@ from acmize.evaluate import top1
 from acmize.export import FORMATS, export
 from acmize.export.formats import SUFFIXES
 from acmize.export.trace import output_of, part_of
-from acmize.gates import record
 from acmize.hosts_speech import has_fixed_length, is_speech
 from acmize.hub import from_pretrained
 from acmize.layers import Dense
 from acmize.methods.token_merging import schedule_of
 from acmize.recipe import resolve
+from acmize.recording import record
 from acmize.speech import Listener
 
 BUDGETS = (0.75, 0.5)

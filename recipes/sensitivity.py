@@ -27,9 +27,10 @@ from typing import Any
 import _common as common
 import torch
 
-from acmize.gates import AdaptiveModule, set_dial
+from acmize.gates import set_dial
 from acmize.phases.pretrain_gates import collect_errors
 from acmize.recipe import resolve
+from acmize.recording import AdaptiveModule
 
 LEARNERS = (2, 4, 8, 16, 32)
 TAUS = (1.05, 1.1, 1.2, 1.5)

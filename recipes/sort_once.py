@@ -35,9 +35,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from acmize.bench import threads
 from acmize.cost import evaluating
-from acmize.gates import AdaptiveModule, Choose, Gate, gates_of
+from acmize.gates import Choose, Gate, gates_of
 from acmize.hub import from_pretrained
 from acmize.recipe import resolve
+from acmize.recording import AdaptiveModule
 
 BUDGETS = (0.75, 0.5)
 SIZES = (1, 8)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from acmize import AcmConfig, Site
 from acmize.adaptive import AcmMlp, AcmOut, AcmProjections
-from acmize.gates import Decision, choosing, full_width, gates_of, hard_keep
+from acmize.decision import Decision, hard_keep
+from acmize.gates import choosing, full_width, gates_of
 from acmize.hosts import make_plan
 from acmize.insert import convert_
 from acmize.layers import Contract, Expand, LowRank

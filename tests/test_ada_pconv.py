@@ -15,7 +15,7 @@ from acmize.branches import PartialBranches
 from acmize.cost import count_macs
 from acmize.damage import collect_damage
 from acmize.errors import AcmizeError
-from acmize.gates import GateSpec, choosing, full_width, record, set_dial
+from acmize.gates import GateSpec, choosing, full_width, set_dial
 from acmize.hosts import make_plan
 from acmize.init import collect_moments, init_
 from acmize.insert import convert_
@@ -23,6 +23,7 @@ from acmize.methods.ada_pconv import AdaPConvConfig, Router
 from acmize.phases.calibrate import calibrate
 from acmize.phases.pretrain_gates import fit_damage_gates
 from acmize.plan import Plan
+from acmize.recording import record
 
 HARD, SOFT, DAMAGE = AdaPConvConfig(), AdaPConvConfig(mode="soft"), AdaPConvConfig(gate="damage", gate_hidden=4)
 

@@ -14,8 +14,10 @@ from acmize.branches import PartialBranches
 from acmize.channels import ChannelChain, by_choice
 from acmize.cost import count_macs
 from acmize.cut import Between, CutLayer, chain_macs, steps
-from acmize.gates import DamageGate, Decision, GateSpec, choosing, hard_keep, record
+from acmize.decision import Decision, hard_keep
+from acmize.gates import DamageGate, GateSpec, choosing
 from acmize.ops import even_bounds, use_backend
+from acmize.recording import record
 
 NUM = 4
 

@@ -14,8 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from acmize import ops
 from acmize.adaptive import AcmMlp
-from acmize.gates import record
 from acmize.quickstart_model import digits
+from acmize.recording import record
 
 
 @pytest.fixture(scope="module")

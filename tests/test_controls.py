@@ -11,7 +11,7 @@ from torch import Tensor
 from acmize.controls import by_name, gates_share, histograms, random_choice, static_width
 from acmize.cost import count_macs
 from acmize.evaluate import evaluate_at, reference
-from acmize.gates import choosing, gates_of, record, set_dial
+from acmize.gates import choosing, gates_of, set_dial
 from acmize.hosts import example_input, make_plan
 from acmize.insert import convert_
 from acmize.methods.acm import AcmConfig
@@ -19,6 +19,7 @@ from acmize.methods.token_merging import set_schedule
 from acmize.models import load_model
 from acmize.plan import Plan
 from acmize.quickstart_model import digits
+from acmize.recording import record
 
 BUDGETS = (0.9, 0.75, 0.6, 0.5, 0.4)
 

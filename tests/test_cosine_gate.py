@@ -20,7 +20,7 @@ from acmize import AcmizeError, Plan, Site, samples
 from acmize.controls import by_name, static_width
 from acmize.cost import count_macs
 from acmize.damage import collect_damage
-from acmize.gates import AdaptiveModule, Gate, choosing, full_width, gates_of, record, set_dial, set_progress
+from acmize.gates import Gate, choosing, full_width, gates_of, set_dial, set_progress
 from acmize.hosts import find_sites, make_plan
 from acmize.hub import from_pretrained
 from acmize.insert import convert_
@@ -30,6 +30,7 @@ from acmize.phases._loop import FitConfig
 from acmize.phases.calibrate import Calibration
 from acmize.phases.finetune import FinetuneConfig, finetune
 from acmize.recipe import resolve
+from acmize.recording import AdaptiveModule, record
 
 CONFIG = CosineGateConfig(gate_hidden=4)
 

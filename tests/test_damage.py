@@ -12,7 +12,8 @@ from tiny import Mine, adapted, half_width, images, inputs_for, vit
 from torch import Tensor
 
 from acmize.damage import collect_damage
-from acmize.gates import Decision, Gate, choosing, full_width, gates_of
+from acmize.decision import Decision
+from acmize.gates import Gate, choosing, full_width, gates_of
 from acmize.losses import gamma_deviance
 from acmize.phases.pretrain_gates import fit_damage_gates
 

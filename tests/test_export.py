@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from acmize import AcmConfig, AcmizeError
 from acmize.export import export
 from acmize.export.trace import dial_at, schedule_at, trace
-from acmize.gates import gates_of, record
+from acmize.gates import gates_of
 from acmize.hosts import make_plan
 from acmize.hub import from_pretrained, make_adaptive, save_pretrained
 from acmize.methods.cosine_gate import CosineGateConfig
@@ -27,6 +27,7 @@ from acmize.methods.token_merging import schedule_of
 from acmize.phases.calibrate import Calibration
 from acmize.plan import Merging
 from acmize.quickstart_model import digits
+from acmize.recording import record
 
 BUDGETS = (0.95, 0.75, 0.5, 0.3)
 pytest.importorskip("onnxruntime")

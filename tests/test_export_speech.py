@@ -17,10 +17,11 @@ from torch.export import Dim
 from acmize.export import export
 from acmize.export.onnx_merging import TRANSLATIONS
 from acmize.export.trace import AnyLength, output_of, part_of, trace
-from acmize.gates import gates_of, record
+from acmize.gates import gates_of
 from acmize.hub import base_of, make_adaptive
 from acmize.methods.token_merging import hooks_of, schedule_of
 from acmize.phases.calibrate import Calibration
+from acmize.recording import record
 
 RULES = (
     MERGING,

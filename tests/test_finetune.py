@@ -12,12 +12,13 @@ from short import converted
 from torch import Tensor
 
 from acmize.batches import mixup
-from acmize.gates import gates_of, record, set_dial
+from acmize.gates import gates_of, set_dial
 from acmize.losses import diversity_loss, entropy_loss, teacher_loss
 from acmize.models import load_model
 from acmize.phases._loop import FitConfig
 from acmize.phases.finetune import FinetuneConfig, drawn_budget, features_and_logits, finetune
 from acmize.quickstart_model import digits
+from acmize.recording import record
 
 TERMS = {"loss", "teacher", "task", "features", "budget", "diversity", "entropy", "compute", "asked"}
 CONFIG = FitConfig(epochs=1, lr=1e-3, log_every=1)

@@ -10,13 +10,14 @@ import torch
 from tiny_speech import CONFIG, HOSTS, inputs_for
 
 from acmize.cost import count_macs
-from acmize.gates import record, set_dial
+from acmize.gates import set_dial
 from acmize.hosts import make_plan
 from acmize.inputs import Inputs, forward
 from acmize.insert import convert_
 from acmize.merge_pairs import fold, held_together, neighbours
 from acmize.methods.token_merging import hooks_of, install_merging, set_schedule, tracing
 from acmize.plan import Merging, Plan
+from acmize.recording import record
 
 FAMILIES = ("moonshine", "whisper", "wav2vec2", "hubert pre-norm", "data2vec")
 PADDED = ("wav2vec2", "wav2vec2 pre-norm", "hubert", "hubert pre-norm")

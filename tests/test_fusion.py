@@ -18,12 +18,13 @@ from acmize.bench import same_products
 from acmize.chain_runs import FusedRuns
 from acmize.cost import count_macs
 from acmize.fusion import Fused, fuse_
-from acmize.gates import choosing, full_width, gates_of, record, set_dial
+from acmize.gates import choosing, full_width, gates_of, set_dial
 from acmize.hosts import make_plan
 from acmize.insert import convert_
 from acmize.kept import Kept
 from acmize.methods.cosine_gate import CosineGateConfig
 from acmize.methods.lag import LagConfig
+from acmize.recording import record
 
 pytestmark = pytest.mark.skipif(not ops.has_onednn(), reason="PyTorch has no oneDNN here")
 HOSTS = {**BLOCKS, **CHAINS, **PARTIAL}

@@ -12,19 +12,9 @@ from tiny import CONFIG, Random, adapted, half_width, images, vit
 from torch import Tensor, nn
 
 from acmize import AcmConfig
-from acmize.gates import (
-    ClassificationGate,
-    DamageGate,
-    Decision,
-    Gate,
-    GateSpec,
-    choosing,
-    full_width,
-    gates_of,
-    hard_keep,
-    record,
-    set_dial,
-)
+from acmize.decision import Decision, hard_keep
+from acmize.gates import ClassificationGate, DamageGate, Gate, GateSpec, choosing, full_width, gates_of, set_dial
+from acmize.recording import record
 
 SPEC = {"dim": 6, "hidden": 4, "learner_macs": ((10, 20, 30), (5, 5, 5)), "gate_macs": (7, 7), "macs_total": 1000}
 KINDS: tuple[type[Gate], ...] = (DamageGate, ClassificationGate)

@@ -23,7 +23,9 @@ ORDER = (
     ("inputs", "padding"),
     # cost counts the work of any module and knows nothing of ours
     ("ops", "cost", "convs", "cut", "chain_runs", "importance", "kept", "merge_pairs", "samples"),
+    ("decision",),
     ("gates",),
+    ("recording",),
     ("layers", "fusion", "traced"),
     ("adaptive", "channels", "branches"),
     ("methods",),
@@ -163,12 +165,12 @@ def test_a_wrong_import_is_found(name: str, source: str, message: str) -> None:
     [
         ("cli", "import acmize\nfrom acmize import hosts"),
         ("methods", "from acmize.methods import acm, lag"),
-        ("methods.acm", "from acmize.methods._shared import fold\nfrom acmize.gates import record"),
+        ("methods.acm", "from acmize.methods._shared import fold\nfrom acmize.recording import record"),
         ("quickstart", "from acmize.quickstart_model import digits"),
     ],
 )
 def test_a_right_import_passes(name: str, source: str) -> None:
-    known = {"gates", "hosts", "methods.acm", "methods.lag", "methods._shared", "quickstart_model", ""}
+    known = {"recording", "hosts", "methods.acm", "methods.lag", "methods._shared", "quickstart_model", ""}
     assert violations({name: imports_of(source, known)}) == []
 
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmize import ops
+from acmize.decision import Decision
 from acmize.errors import AcmizeError
-from acmize.gates import Decision
 from acmize.kernels import linear, order
 from acmize.layers import Contract, Expand, LowRank
 

@@ -17,7 +17,7 @@ from acmize.channels import ChannelChain
 from acmize.cost import count_macs
 from acmize.damage import collect_damage
 from acmize.errors import AcmizeError
-from acmize.gates import Gate, GateSpec, choosing, full_width, gates_of, record, set_dial
+from acmize.gates import Gate, GateSpec, choosing, full_width, gates_of, set_dial
 from acmize.hosts import make_plan
 from acmize.hub import from_pretrained, make_adaptive
 from acmize.init import collect_moments, init_
@@ -27,6 +27,7 @@ from acmize.ops import use_backend
 from acmize.phases.calibrate import calibrate, realised
 from acmize.phases.pretrain_gates import fit_damage_gates
 from acmize.plan import Plan, Site
+from acmize.recording import record
 from acmize.removal import remove_dead_
 
 CONFIG = LagConfig(num_learners=4, gate_hidden=2)

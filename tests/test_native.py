@@ -12,11 +12,12 @@ from tiny import Random, adapted, half_width, images, vit
 from torch import Tensor, nn
 
 from acmize import AcmConfig, AcmizeError
-from acmize.gates import choosing, full_width, gates_of, record, set_dial
+from acmize.gates import choosing, full_width, gates_of, set_dial
 from acmize.hub import make_adaptive
 from acmize.layers import Dense
 from acmize.methods.token_merging import set_schedule
 from acmize.phases.calibrate import Calibration
+from acmize.recording import record
 from acmize.results import Results
 
 

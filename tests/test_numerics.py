@@ -13,12 +13,13 @@ from tiny import CONFIG, HOSTS, Random, adapted, images, inputs_for, noisy, vit
 
 from acmize import gates
 from acmize.errors import AcmizeError
-from acmize.gates import AdaptiveModule, choosing, full_width, record, set_dial
+from acmize.gates import choosing, full_width, set_dial
 from acmize.hosts import make_plan
 from acmize.insert import convert_
 from acmize.methods.acm import AcmConfig
 from acmize.ops import use_backend
 from acmize.phases.calibrate import Calibration, realised, set_budget
+from acmize.recording import AdaptiveModule, record
 
 IMAGE_HOSTS = ("vit", "eva02", "swin", "convnext")
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from acmize import ops
-from acmize.gates import Decision
+from acmize.decision import Decision
 from acmize.layers import Contract, Dense, Expand, LowRank, fast_products_
 
 HERE = tuple(name for name in ops.BACKENDS if name != "triton")  # see test_kernels.py

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from acmize import Plan, chain_runs, ops, samples
 from acmize.cost import count_macs
-from acmize.gates import Gate, choosing, full_width, gates_of, record, set_dial
+from acmize.gates import Gate, choosing, full_width, gates_of, set_dial
 from acmize.hosts import make_plan
 from acmize.hub import from_pretrained, make_adaptive
 from acmize.init import collect_moments, init_
@@ -27,6 +27,7 @@ from acmize.methods.cosine_gate import CosineGateConfig
 from acmize.methods.lag import LagConfig
 from acmize.ops import use_backend
 from acmize.phases.calibrate import Calibration, realised
+from acmize.recording import record
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ import torch
 from short import converted, image_folder
 from tiny import Random, adapted, half_width, images, vit
 
-from acmize.gates import choosing, full_width, gates_of, record
+from acmize.gates import choosing, full_width, gates_of
 from acmize.hub import save_pretrained
 from acmize.methods.token_merging import merge, places, schedule_of, set_schedule, tracing
 from acmize.quickstart_model import digits_dataset
+from acmize.recording import record
 from acmize.report import write_report
 from acmize.report.maps import compute_maps, grid_of, map_grid
 from acmize.report.page import content, render

@@ -16,11 +16,12 @@ from tiny_speech import HOSTS, adapted
 from torch import nn
 
 from acmize.evaluate_speech import mean_choices
-from acmize.gates import gates_of, record
+from acmize.gates import gates_of
 from acmize.hf_models import Processor
 from acmize.hub import base_of, make_adaptive
 from acmize.inputs import forward
 from acmize.phases.calibrate import Calibration
+from acmize.recording import record
 from acmize.report import write_report
 from acmize.report.survey import LEVELS
 from acmize.report.survey_speech import envelope, fewer

@@ -18,12 +18,13 @@ from acmize import AcmizeError
 from acmize.api import convert, evaluate_saved
 from acmize.audio import JoinedAudio, buckets, open_audio
 from acmize.evaluate_speech import error_rates, normalise, silent_frames
-from acmize.gates import choosing, full_width, record
+from acmize.gates import choosing, full_width
 from acmize.hf_models import Processor
 from acmize.inputs import Inputs, forward
 from acmize.methods.token_merging import set_schedule
 from acmize.models import load_model
 from acmize.recipe import resolve
+from acmize.recording import record
 from acmize.site_times import SiteTime
 from acmize.speech import Speech
 

@@ -18,7 +18,8 @@ from acmize.adaptive import AcmMlp
 from acmize.controls import gates_share, static_width, workload
 from acmize.cost import count_macs
 from acmize.damage import collect_damage
-from acmize.gates import AdaptiveModule, DamageGate, Decision, choosing, full_width, record
+from acmize.decision import Decision
+from acmize.gates import DamageGate, choosing, full_width
 from acmize.hosts import find_sites, make_plan
 from acmize.hosts_speech import HANDLERS, alone_only, is_speech
 from acmize.init import collect_moments
@@ -28,6 +29,7 @@ from acmize.layers import Expand
 from acmize.ops import use_backend
 from acmize.padding import class_path
 from acmize.plan import Plan, Site
+from acmize.recording import AdaptiveModule, record
 from acmize.site_times import site_times
 
 ALL, MLPS = {"mlp": 2, "q": 2, "k": 2, "v": 2, "out": 2}, {"mlp": 2}

@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from acmize.cost import evaluating
+from acmize.decision import Decision
 from acmize.errors import AcmizeError
-from acmize.gates import AdaptiveModule, Decision, gates_of
+from acmize.gates import gates_of
 from acmize.hosts_speech import encoder_path, example_speech, has_fixed_length, is_speech
 from acmize.methods.acm import AcmConfig
 from acmize.methods.token_merging import hooks_of
 from acmize.phases.calibrate import Calibration
 from acmize.plan import Merging
+from acmize.recording import AdaptiveModule
 from acmize.registry import method_for
 
 EXAMPLE_FRAMES = 50  # of the utterance that is traced: the graph takes any number

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from acmize import parallel
 from acmize.branches import PartialBranches
-from acmize.gates import DamageGate, Decision, Gate, GateSpec
+from acmize.decision import Decision
+from acmize.gates import DamageGate, Gate, GateSpec
 from acmize.registry import Keep, Method, Refused, register
 
 DIVISORS = (8, 4, 2)

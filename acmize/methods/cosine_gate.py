@@ -34,7 +34,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmize import ops, parallel
-from acmize.gates import AdaptiveModule, DamageGate, Decision, Gate, GateSpec
+from acmize.decision import Decision
+from acmize.gates import DamageGate, Gate, GateSpec
+from acmize.recording import AdaptiveModule
 from acmize.registry import Keep, Method, Refused, register
 from acmize.samples import joined, padded, put_among, put_back, run_rows, take
 

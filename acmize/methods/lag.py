@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 from acmize.channels import ChannelChain
 from acmize.cut import Between, CutLayer, chain_macs, steps
-from acmize.gates import DamageGate, Decision, Gate, GateSpec
+from acmize.decision import Decision
+from acmize.gates import DamageGate, Gate, GateSpec
 from acmize.ops import even_bounds
 from acmize.registry import Keep, Method, Refused, register
 

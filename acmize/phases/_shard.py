@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from acmize import parallel
-from acmize.gates import AdaptiveModule
+from acmize.recording import AdaptiveModule
 
 PARTS = ("forward_features", "forward_head")  # a model may be run by these, in place of its forward
 

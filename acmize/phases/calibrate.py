@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from acmize import parallel
 from acmize.cost import evaluating
-from acmize.gates import record, set_dial
+from acmize.gates import set_dial
 from acmize.hosts_speech import DECODER_INPUTS
 from acmize.inputs import Batch, Inputs, forward
 from acmize.methods.token_merging import schedule_of, set_schedule
 from acmize.plan import Plan
+from acmize.recording import record
 
 TOLERANCE = 0.01
 

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from acmize import parallel
 from acmize.errors import AcmizeError
-from acmize.gates import AdaptiveModule, choosing, full_width
+from acmize.gates import choosing, full_width
 from acmize.inputs import forward
 from acmize.layers import Contract
 from acmize.losses import anchored, distillation
 from acmize.phases._capture import capture, tokens_of
 from acmize.phases._loop import FitConfig, History, fit
+from acmize.recording import AdaptiveModule
 
 
 def distillable(model: nn.Module) -> dict[str, AdaptiveModule]:

@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmize import parallel
-from acmize.gates import Recorder, gates_of, record, set_progress
+from acmize.gates import gates_of, set_progress
 from acmize.inputs import Batch, Inputs, counted, forward, logits_of
 from acmize.losses import budget_loss, diversity_loss, entropy_loss, task_loss, teacher_loss
 from acmize.phases._loop import FitConfig, History, fit
 from acmize.phases._shard import sharded
 from acmize.phases.calibrate import Calibration, set_budget
 from acmize.plan import Plan
+from acmize.recording import Recorder, record
 
 # Where timm's DropPath, and what transformers drops by functions, keep their rates.
 _RATES = ("drop_prob", "dropout", "attention_dropout", "activation_dropout", "hidden_dropout")

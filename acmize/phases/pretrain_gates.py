@@ -18,11 +18,12 @@ from acmize import parallel
 from acmize.cost import evaluating
 from acmize.damage import GateData
 from acmize.errors import AcmizeError
-from acmize.gates import AdaptiveModule, ClassificationGate, DamageGate, Gate, choosing, full_width
+from acmize.gates import ClassificationGate, DamageGate, Gate, choosing, full_width
 from acmize.inputs import Batch, forward
 from acmize.losses import classification, gamma_deviance, threshold_labels
 from acmize.phases._capture import capture, tokens_of
 from acmize.phases._loop import FitConfig, History, fit
+from acmize.recording import AdaptiveModule
 
 ROWS = 4096  # inputs of a gate that are looked at at once
 

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from acmize.gates import Recorder, record
 from acmize.merge_pairs import held_together
 from acmize.methods.token_merging import tracing
 from acmize.plan import PlanEntry
+from acmize.recording import Recorder, record
 
 LARGEST = 28  # rows or columns of the grid: finer ones cannot be seen
 Maps = tuple[Tensor, Tensor | None]
