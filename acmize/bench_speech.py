@@ -22,19 +22,7 @@ import torch
 from torch import nn
 
 from acmize.audio import Utterance, open_audio
-from acmize.bench import (
-    WARMUP,
-    Call,
-    Setting,
-    dense_of,
-    draws,
-    interleaved,
-    percentiles,
-    placed,
-    real_images,
-    same_products,
-    threads,
-)
+from acmize.bench import dense_of, placed, real_images, same_products
 from acmize.controls import workload
 from acmize.cost import count_macs, evaluating, measure_work
 from acmize.errors import AcmizeError
@@ -44,6 +32,7 @@ from acmize.inputs import Batch, Inputs, forward
 from acmize.phases.calibrate import realised
 from acmize.site_times import timed
 from acmize.speech import Listener
+from acmize.timing import WARMUP, Call, Setting, draws, interleaved, percentiles, threads
 
 log = logging.getLogger("acmize")
 

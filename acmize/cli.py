@@ -227,9 +227,10 @@ def convert(
 def _keep_time(model: Any, dense: Any, data: str, output: Path, target_ms: float, batch: int) -> bool:
     """Leave the model at the largest budget that keeps a time, and save what was measured; whether there is one."""
     from acmize.api import evaluate_saved
-    from acmize.bench import Setting, real_images
+    from acmize.bench import real_images
     from acmize.hub import save_pretrained
     from acmize.latency import budget_for
+    from acmize.timing import Setting
 
     images = real_images(model, data, limit=max(64, batch), seed=model.recipe["seed"])
     found = budget_for(model, images, target_ms, batch_size=batch, setting=Setting(seed=model.recipe["seed"]))
@@ -356,10 +357,12 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Milliseconds beside the dense model's, eager or compiled, on real inputs in turns."""
-    from acmize.bench import BATCH_SIZES, Setting, bench_ops, bench_saved
+    from acmize.bench import BATCH_SIZES, bench_saved
+    from acmize.bench_ops import bench_ops
     from acmize.bench_speech import bench_speech
     from acmize.hosts_speech import is_speech
     from acmize.hub import from_pretrained
+    from acmize.timing import Setting
 
     setting = Setting(device=device, dtype=dtype, threads=threads, repeats=repeats, seed=seed)
     if source is None and not ops:

@@ -56,11 +56,11 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Beside static width, token merging, the dense and smaller models, in one run; says where it loses."""
-    from acmize.bench import Setting
     from acmize.checkpoint import write_json
     from acmize.compare import BATCH_SIZES, compare_saved
     from acmize.hosts_speech import is_speech
     from acmize.hub import from_pretrained
+    from acmize.timing import Setting
 
     if save and not Path(source).is_dir():
         raise AcmizeError(f"--save: found {source}, expected a folder here; leave it out, or download the model first")

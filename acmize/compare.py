@@ -9,7 +9,7 @@
 
 Early exit is not among them: it needs exits that are trained, which no pretrained model has.
 
-Milliseconds come from calls that take turns on the same images (see bench.py). Static width runs the adaptive model's
+Milliseconds come from calls that take turns on the same images (see timing.py). Static width runs the adaptive model's
 kernels, which sort tokens that need no sorting: a network really cut to these widths could be somewhat faster.
 """
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from acmize.api import answers_of, dense_from
-from acmize.bench import WARMUP, Call, Setting, compiled_form, draws, interleaved, percentiles, same_products, threads
+from acmize.bench import compiled_form, same_products
 from acmize.controls import gates_share, merge_to, static_width
 from acmize.cost import count_macs, evaluating
 from acmize.errors import AcmizeError
@@ -40,6 +40,7 @@ from acmize.inputs import logits_of
 from acmize.methods.token_merging import install_merging, set_schedule, why_not
 from acmize.models import load_model
 from acmize.ops import use_backend
+from acmize.timing import WARMUP, Call, Setting, draws, interleaved, percentiles, threads
 
 log = logging.getLogger("acmize")
 

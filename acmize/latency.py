@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acmize.bench import WARMUP, Call, Setting, draws, interleaved, percentiles, placed, threads
+from acmize.bench import placed
 from acmize.cost import evaluating
 from acmize.errors import AcmizeError
+from acmize.timing import WARMUP, Call, Setting, draws, interleaved, percentiles, threads
 
 log = logging.getLogger("acmize")
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from acmize.api import convert
-from acmize.bench import Call, draws, interleaved
 from acmize.cost import evaluating
 from acmize.hub import base_of, save_pretrained
 from acmize.models import load_model
 from acmize.quickstart_model import digits, digits_dataset
 from acmize.recipe import resolve
+from acmize.timing import Call, draws, interleaved
 
 BUDGETS = (0.9, 0.75, 0.6, 0.5)
 BATCH = 256

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from acmize import ops
-from acmize.bench import check_device, dense_of
+from acmize.bench import dense_of
 from acmize.bench_speech import real_inputs
 from acmize.controls import random_choice
 from acmize.cost import evaluating
@@ -35,6 +35,7 @@ from acmize.inputs import Batch, Inputs, counted, forward, logits_of
 from acmize.kernels.linear import is_available
 from acmize.methods.token_merging import schedule_of, set_schedule
 from acmize.recording import AdaptiveModule, record
+from acmize.timing import check_device
 
 log = logging.getLogger("acmize")
 

@@ -35,7 +35,7 @@ import torch
 from torch import nn
 
 import acmize.cifar_models  # noqa: F401 - registers TinyModel
-from acmize.bench import WARMUP, Call, draws, interleaved, percentiles, same_products, threads
+from acmize.bench import same_products
 from acmize.controls import histograms, random_choice
 from acmize.cost import count_macs
 from acmize.evaluate import evaluate_at, reference
@@ -45,6 +45,7 @@ from acmize.init import init_
 from acmize.insert import convert_
 from acmize.methods.ada_pconv import AdaPConvConfig
 from acmize.recipe import resolve
+from acmize.timing import WARMUP, Call, draws, interleaved, percentiles, threads
 
 NAME = "acmize_fasternet_tiny_cifar"
 DIVISORS = {"baseline": 4, "always 1/8": 8, "always 1/2": 2}

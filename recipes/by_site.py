@@ -25,8 +25,7 @@ import _common as common
 import torch
 
 from acmize import parallel
-from acmize.bench import _fresh_peak
-from acmize.environment import peak_bytes
+from acmize.environment import fresh_peak_bytes, peak_bytes
 from acmize.hosts import make_plan
 from acmize.insert import converted
 from acmize.methods.acm import AcmConfig
@@ -51,7 +50,7 @@ def worker(args: Any, by_site: bool) -> None:
         generator = torch.Generator().manual_seed(epoch)
         return (torch.randn(args.batch_size, *size, generator=generator) for _ in range(args.steps))
 
-    before = _fresh_peak()
+    before = fresh_peak_bytes()
     parallel.wait()
     start = time.perf_counter()
     config = FitConfig(epochs=1, lr=1e-4, seed=args.seed)

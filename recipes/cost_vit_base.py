@@ -27,11 +27,12 @@ import numpy as np
 import torch
 
 from acmize.api import convert
-from acmize.bench import Setting, bench_model
+from acmize.bench import bench_model
 from acmize.environment import peak_bytes
 from acmize.images import Images
 from acmize.models import architecture
 from acmize.recipe import resolve
+from acmize.timing import Setting
 
 BUDGETS = (1.0, 0.5, 0.25)
 REPEATS = 10  # a batch of 8 takes seconds

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from acmize.audio import open_audio
-from acmize.bench import WARMUP, Call, dense_of, draws, interleaved, percentiles, threads
+from acmize.bench import dense_of
 from acmize.cost import evaluating
 from acmize.evaluate import top1
 from acmize.export import FORMATS, export
@@ -51,6 +51,7 @@ from acmize.methods.token_merging import schedule_of
 from acmize.recipe import resolve
 from acmize.recording import record
 from acmize.speech import Listener
+from acmize.timing import WARMUP, Call, draws, interleaved, percentiles, threads
 
 BUDGETS = (0.75, 0.5)
 INSIDE = ("bf16", "torchao-int8", "torchao-int8-dynamic")  # forms of the model itself

@@ -38,13 +38,12 @@ WORKER = """
 import json, sys
 import torch
 from acmize import from_pretrained
-from acmize.bench import _fresh_peak
-from acmize.environment import peak_bytes
+from acmize.environment import fresh_peak_bytes, peak_bytes
 from acmize.models import load_model
 torch.set_num_threads(1)
 load = from_pretrained if sys.argv[1] == "adaptive" else load_model
 for folder in sys.argv[2:]:
-    before = _fresh_peak()
+    before = fresh_peak_bytes()
     model = load(folder)
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     print(json.dumps([size, peak_bytes() - before]))

@@ -33,12 +33,12 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from acmize.bench import threads
 from acmize.cost import evaluating
 from acmize.gates import Choose, Gate, gates_of
 from acmize.hub import from_pretrained
 from acmize.recipe import resolve
 from acmize.recording import AdaptiveModule
+from acmize.timing import threads
 
 BUDGETS = (0.75, 0.5)
 SIZES = (1, 8)

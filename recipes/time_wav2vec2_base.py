@@ -27,9 +27,9 @@ from fsdd_wav2vec2 import MODEL, untrained
 
 from acmize.api import convert
 from acmize.audio import open_audio
-from acmize.bench import Setting
 from acmize.bench_speech import bench_speech
 from acmize.recipe import resolve
+from acmize.timing import Setting
 
 BASE: dict[str, Any] = {"vocab_size": 13, "pad_token_id": 0}  # wav2vec2-base is what transformers has as its default
 RATE = 16000

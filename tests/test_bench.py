@@ -14,12 +14,14 @@ import torch
 from short import MODEL, converted, image_folder, refused
 from torch import nn
 
-from acmize import bench, cli, ops
-from acmize.bench import Call, OpShape, Setting, bench_model, bench_ops, bench_saved, interleaved, linear_fit
+from acmize import bench, bench_ops, cli, ops, timing
+from acmize.bench import bench_model, bench_saved
+from acmize.bench_ops import OpShape
 from acmize.errors import AcmizeError
 from acmize.gates import gates_of
 from acmize.hub import from_pretrained, save_pretrained
 from acmize.phases.calibrate import realised
+from acmize.timing import Call, Setting, interleaved, linear_fit
 
 ROW = {
     "model", "batch_size", "budget", "macs_ratio", "latency_ms", "dense_latency_ms", "dense_forms_ms", "speedup",
@@ -57,7 +59,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(bench, "time", made)
+    monkeypatch.setattr(timing, "time", made)
     return made
 
 
@@ -94,9 +96,9 @@ def test_what_is_timed_is_the_call_without_its_preparation(clock: Clock) -> None
 
 def test_percentiles_of_known_samples() -> None:
     seconds = [s / 1000 for s in range(101)]
-    found = bench.percentiles(torch.tensor(seconds)[torch.randperm(101)].tolist())
+    found = timing.percentiles(torch.tensor(seconds)[torch.randperm(101)].tolist())
     assert found == pytest.approx({"p5": 5, "p50": 50, "p95": 95, "p99": 99}, rel=1e-6)
-    assert bench.percentiles([0.25]) == dict.fromkeys(PERCENTILES, 250.0)
+    assert timing.percentiles([0.25]) == dict.fromkeys(PERCENTILES, 250.0)
 
 
 def test_linear_fit() -> None:
@@ -110,7 +112,7 @@ def test_linear_fit() -> None:
 def test_threads_are_put_back() -> None:
     before = torch.get_num_threads()
     seen = []
-    with contextlib.suppress(KeyError), bench.threads(before + 1):
+    with contextlib.suppress(KeyError), timing.threads(before + 1):
         seen.append(torch.get_num_threads())
         raise KeyError
     assert seen == [before + 1]
@@ -122,7 +124,7 @@ def test_peak_memory_is_that_of_the_call() -> None:
     def take(megabytes: int) -> None:
         torch.ones(megabytes * 250_000).sum()
 
-    large, small = bench.peak_mb(lambda: take(80), "cpu"), bench.peak_mb(lambda: take(20), "cpu")
+    large, small = timing.peak_mb(lambda: take(80), "cpu"), timing.peak_mb(lambda: take(20), "cpu")
     assert 75 < large < 100
     assert 15 < small < 40  # not hidden by the larger call before it
 
@@ -188,14 +190,14 @@ def test_every_call_has_another_batch_of_the_real_inputs(
     dense = Spy(bench.dense_of(model), clock, 0.5)
     setting = Setting(repeats=4)
     first = bench_model(model, dense, images, [0.7], [3], setting, compiled=False)
-    assert len({tuple(x.flatten().tolist()) for x in dense.seen}) == len(dense.seen) - 1 == bench.WARMUP + 4
+    assert len({tuple(x.flatten().tolist()) for x in dense.seen}) == len(dense.seen) - 1 == timing.WARMUP + 4
     dense.seen.pop()  # the last call is for its memory
     known = {tuple(image.flatten().tolist()) for image in images}
     assert all(tuple(image.flatten().tolist()) in known for batch in dense.seen for image in batch)
     latency = first["results"][0]["dense_latency_ms"]
     assert latency.pop("form") == "eager"
     assert latency == pytest.approx(dict.fromkeys(PERCENTILES, 500.0))
-    timed = torch.cat(dense.seen[bench.WARMUP :])
+    timed = torch.cat(dense.seen[timing.WARMUP :])
     copy = bench.placed(model, setting)
     copy.set_budget(0.7)
     share = realised(copy, copy.plan, [timed]).mean().item()
@@ -257,7 +259,7 @@ def test_images_of_a_folder(model: Any, tmp_path: Path) -> None:
 
 def test_ops() -> None:
     shape = OpShape(dim=24, hidden=48, heads=3)
-    found = bench_ops(Setting(repeats=5), shape=shape, tokens=(9, 30), learners=(2, 4))
+    found = bench_ops.bench_ops(Setting(repeats=5), shape=shape, tokens=(9, 30), learners=(2, 4))
     assert list(found) == ["device", "threads", "dtype", "ops"]
     assert len(found["ops"]) == 8
     for row in found["ops"]:
@@ -272,17 +274,17 @@ def test_the_faster_dense_form_of_a_primitive_counts(clock: Clock) -> None:
         clock.now += seconds
 
     for linear, form in ((4.0, "linear"), (9.0, "full")):
-        op = bench._Op(
+        op = bench_ops._Op(
             lambda _, linear=linear: spend(linear), lambda item: spend(6.0 if bool((item[1] == 2).all()) else 2.0),
             (0, 3, 6), 1,
         )  # fmt: skip
-        row = bench._bench_op(op, 50, 4, Setting(repeats=3), torch.Generator().manual_seed(0))
+        row = bench_ops._bench_op(op, 50, 4, Setting(repeats=3), torch.Generator().manual_seed(0))
         assert row["dense_latency_ms"]["form"] == form
         assert row["efficiency"] == pytest.approx(min(linear, 6.0) * row["macs_ratio"] / 2.0)
         assert row["efficiency_linear"] == pytest.approx(linear * row["macs_ratio"] / 2.0)
 
 
-@pytest.mark.parametrize("make", [bench._mlp_op, bench._projections_op])
+@pytest.mark.parametrize("make", [bench_ops._mlp_op, bench_ops._projections_op])
 def test_at_full_width_the_primitive_is_the_dense_one(make: Any) -> None:
     op = make(OpShape(dim=24, hidden=48, heads=3), 4, Setting(), torch.Generator().manual_seed(0))
     x = torch.randn(7, 24)
@@ -292,9 +294,11 @@ def test_at_full_width_the_primitive_is_the_dense_one(make: Any) -> None:
 
 
 def test_ops_of_the_command_need_no_model(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = bench_ops(Setting(repeats=1), shape=OpShape(dim=24, hidden=48, heads=3), tokens=(5,), learners=(4,))
+    tiny = bench_ops.bench_ops(
+        Setting(repeats=1), shape=OpShape(dim=24, hidden=48, heads=3), tokens=(5,), learners=(4,)
+    )
     asked: list[Setting] = []
-    monkeypatch.setattr(bench, "bench_ops", lambda setting: asked.append(setting) or tiny)
+    monkeypatch.setattr(bench_ops, "bench_ops", lambda setting: asked.append(setting) or tiny)
     status, captured = run("--ops", "--json", "--repeats", 7, "--dtype", "bfloat16")
     assert (status, json.loads(captured.out)) == (0, tiny)
     assert asked == [Setting(repeats=7, dtype="bfloat16")]

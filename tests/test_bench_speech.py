@@ -12,13 +12,13 @@ from test_speech import OPTIONS, recordings, saved  # noqa: F401 - fixtures
 from torch import nn
 
 import acmize
-from acmize import AcmizeError, bench, bench_speech, ops, site_times
+from acmize import AcmizeError, bench_speech, ops, site_times, timing
 from acmize.api import convert
-from acmize.bench import Setting
 from acmize.cost import count_macs
 from acmize.hosts_speech import alone_only, blocks_path, front_end
 from acmize.inputs import Inputs
 from acmize.models import load_model
+from acmize.timing import Setting
 from acmize.verify import verify_saved
 
 
@@ -60,7 +60,7 @@ def test_what_is_timed(model: Any, saved: Path, recordings: Path, monkeypatch: p
     clock = Clock()
     monkeypatch.setattr(bench_speech, "placed", lambda module, _setting: module)
     monkeypatch.setattr(bench_speech, "same_products", lambda module: module)
-    for module in (bench, site_times):
+    for module in (timing, site_times):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(bench_speech, "dense_of", lambda *_: dense)
     monkeypatch.setattr(bench_speech, "WARMUP", 1)

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 import acmize
 from acmize import compare
 from acmize.api import evaluate_saved
-from acmize.bench import Setting
 from acmize.compare import Contestant, compare_saved, verdicts_of
 from acmize.errors import AcmizeError
 from acmize.gates import gates_of
 from acmize.hub import save_pretrained
 from acmize.quickstart_model import digits_dataset
+from acmize.timing import Setting
 
 PACKAGED = Path(acmize.__file__).parent / "assets" / "vit_digits.safetensors"
 QUICK: dict[str, Any] = {"batch_sizes": (1, 2), "setting": Setting(repeats=1), "limit": 40}

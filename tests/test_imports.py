@@ -22,7 +22,7 @@ ORDER = (
     ("kernels",),
     ("inputs", "padding"),
     # cost counts the work of any module and knows nothing of ours
-    ("ops", "cost", "convs", "cut", "chain_runs", "importance", "kept", "merge_pairs", "samples"),
+    ("ops", "cost", "convs", "cut", "chain_runs", "importance", "kept", "merge_pairs", "samples", "timing"),
     ("decision",),
     ("gates",),
     ("recording",),
@@ -45,7 +45,7 @@ ORDER = (
     ("results",),
     ("hub", "timm_entry", "hf_entry"),
     ("api",),
-    ("bench", "bench_speech", "verify", "serve", "latency"),
+    ("bench", "bench_ops", "bench_speech", "verify", "serve", "latency"),
     ("quickstart",),
     ("compare", "reproduce"),
     ("export", "report"),

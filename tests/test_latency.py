@@ -11,10 +11,10 @@ import torch
 from short import MODEL, command, config_file, converted, image_folder, refused
 
 from acmize import latency
-from acmize.bench import Setting
 from acmize.errors import AcmizeError
 from acmize.hub import from_pretrained
 from acmize.latency import budget_for, parse_budget, search
+from acmize.timing import Setting
 
 
 @pytest.mark.parametrize(

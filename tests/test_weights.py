@@ -442,14 +442,13 @@ import gc, sys
 from pathlib import Path
 import torch
 from acmize import from_pretrained
-from acmize.bench import _fresh_peak
-from acmize.environment import peak_bytes
+from acmize.environment import fresh_peak_bytes, peak_bytes
 from acmize.models import load_model
 torch.set_num_threads(1)
 for folder in sys.argv[1:]:
     model = None
     gc.collect()
-    before = _fresh_peak()
+    before = fresh_peak_bytes()
     model = load_model(folder) if Path(folder).name.startswith("dense") else from_pretrained(folder)
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     print(size, (peak_bytes() - before) / size)

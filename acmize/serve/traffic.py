@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from acmize.bench import percentiles
 from acmize.errors import AcmizeError
 from acmize.serve.server import Answer, Server
+from acmize.timing import percentiles
 
 
 def arrivals(rates: Sequence[tuple[float, float]], seed: int = 0) -> list[list[float]]:
