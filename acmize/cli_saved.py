@@ -1,4 +1,4 @@
-"""Commands that judge, show and publish a saved model: report, compare, reproduce, push."""
+"""Commands that judge, show and publish a saved model: bench, verify, export, report, compare, reproduce, push."""
 
 from __future__ import annotations
 
@@ -8,12 +8,101 @@ from typing import Annotated, Any
 
 import typer
 
-from acmize.console import AsJson, DenseWeights, Device, NoCompile, Source, err, out, percent, table_of
+from acmize.console import AsJson, DenseWeights, Device, NoCompile, Source, err, images_only, out
 from acmize.errors import AcmizeError
+from acmize.tables import print_bench, print_checks, print_comparison, print_reproduction
 
 app = typer.Typer()
 
 Images = Annotated[str | None, typer.Option("--data", help="images; the test split is used")]
+
+
+@app.command()
+def bench(
+    source: Annotated[str | None, typer.Argument(metavar="DIR", help="folder or Hub repository")] = None,
+    data: Annotated[str | None, typer.Option(help="real inputs, since gates decide from them")] = None,
+    weights: DenseWeights = None,
+    budget: Annotated[list[float] | None, typer.Option(help="budgets; default: those it was saved with")] = None,
+    batch_size: Annotated[list[int] | None, typer.Option(help="samples a call; default 1, 8, 32; speech 1")] = None,
+    repeats: Annotated[int, typer.Option(help="timed calls of each model, budget and batch size")] = 30,
+    threads: Annotated[int | None, typer.Option(help="of PyTorch; default: as it is")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    device: Device = "cpu",
+    limit: Annotated[int, typer.Option(help="samples at most; 32 at most in speech")] = 256,
+    seed: Annotated[int, typer.Option(help="of the order of samples")] = 0,
+    no_compile: NoCompile = False,
+    ops: Annotated[bool, typer.Option("--ops", help="time the primitives alone; DIR may be left out")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Milliseconds beside the dense model's, eager or compiled, on real inputs in turns."""
+    from acmize.bench import BATCH_SIZES, bench_saved
+    from acmize.bench_ops import bench_ops
+    from acmize.bench_speech import bench_speech
+    from acmize.hosts_speech import is_speech
+    from acmize.hub import from_pretrained
+    from acmize.timing import Setting
+
+    setting = Setting(device=device, dtype=dtype, threads=threads, repeats=repeats, seed=seed)
+    if source is None and not ops:
+        raise AcmizeError("bench: found no model, expected a folder or repository; give DIR, or --ops for primitives")
+    found: dict[str, Any] = {}
+    if source is not None:
+        model = from_pretrained(source)
+        told: dict[str, Any] = {"weights": weights, "budgets": budget, "setting": setting}
+        if is_speech(model):
+            found |= bench_speech(model, data, batch_sizes=batch_size or (1,), limit=min(limit, 32), **told)
+        else:
+            sizes = batch_size or BATCH_SIZES
+            found |= bench_saved(model, data, batch_sizes=sizes, limit=limit, compiled=not no_compile, **told)
+    if ops:
+        found |= bench_ops(setting)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        print_bench(found)
+
+
+@app.command()
+def verify(
+    source: Source,
+    data: Annotated[str | None, typer.Option(help="real inputs; without them, noise")] = None,
+    weights: DenseWeights = None,
+    limit: Annotated[int, typer.Option(help="samples")] = 4,
+    seed: Annotated[int, typer.Option(help="of samples, noise and random choices")] = 0,
+    device: Device = "cpu",
+    no_compile: NoCompile = False,
+    as_json: AsJson = False,
+) -> None:
+    """Whether all ways of running a saved model give the same answers on this machine."""
+    from acmize.hub import from_pretrained
+    from acmize.verify import verify_saved
+
+    compiler = None if no_compile else "inductor"
+    model = from_pretrained(source)
+    found = verify_saved(model, data, weights=weights, limit=limit, seed=seed, device=device, compiler=compiler)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        print_checks(found)
+    if not found["ok"]:
+        failed = sum(not check["ok"] for check in found["checks"])
+        err.print(f"acmize: {failed} of {len(found['checks'])} checks failed", style="bold red", highlight=False)
+        raise typer.Exit(1)
+
+
+@app.command("export")
+def export_(
+    source: Source,
+    output: Annotated[Path, typer.Option("-o", "--output", help="the file: .onnx, or .pt2")],
+    format: Annotated[str, typer.Option(help="onnx, onnx-int8, onnx-int8-dynamic, torch-export, aoti")] = "onnx",
+    with_compute: Annotated[bool, typer.Option("--with-compute", help="a second output: macs_ratio")] = False,
+) -> None:
+    """One file for other runtimes, with the budget as an input."""
+    from acmize.export import export
+    from acmize.hub import from_pretrained
+
+    path = export(from_pretrained(source), output, format, compute=with_compute)
+    out.print(f"wrote {path}: inputs x and budget, {path.stat().st_size / 1e6:.1f} MB", highlight=False)
 
 
 @app.command()
@@ -58,15 +147,13 @@ def compare(
     """Beside static width, token merging, the dense and smaller models, in one run; says where it loses."""
     from acmize.checkpoint import write_json
     from acmize.compare import BATCH_SIZES, compare_saved
-    from acmize.hosts_speech import is_speech
     from acmize.hub import from_pretrained
     from acmize.timing import Setting
 
     if save and not Path(source).is_dir():
         raise AcmizeError(f"--save: found {source}, expected a folder here; leave it out, or download the model first")
     model = from_pretrained(source)
-    if is_speech(model):
-        raise AcmizeError(f"compare: found {type(model).__name__}, a speech model; it works on images only so far")
+    images_only(model, "compare")
     found = compare_saved(
         model, data, weights=weights, against=_pairs(against), budgets=budget, batch_sizes=batch_size or BATCH_SIZES,
         setting=Setting(device=device, threads=threads, repeats=repeats, seed=seed), limit=limit,
@@ -87,25 +174,6 @@ def _pairs(given: list[str] | None) -> dict[str, str]:
         if not (name and file):
             raise AcmizeError(f"--against {name}: expected NAME=WEIGHTS, a timm model and its .safetensors file")
     return {name: file for name, _, file in pairs}
-
-
-def print_comparison(found: dict[str, Any]) -> None:
-    """One row for each model and budget; below, where the adaptive one loses."""
-    sizes = [time["batch_size"] for time in found["rows"][0]["latency"]]
-    table = table_of("model", "budget", "MACs ratio", "top-1 %", "agreement %", *(f"ms, batch {s}" for s in sizes))
-    for r in found["rows"]:
-        times = [f"{time['p50']:.1f}" for time in r["latency"]]
-        form = next((f" ({t['form']})" for t in r["latency"] if "form" in t), "")
-        budget = "-" if r["budget"] is None else f"{r['budget']:g}"
-        figures = [f"{r['macs_ratio']:.3f}", percent(r["accuracy"]), percent(r["agreement"])]
-        table.add_row(r["model"] + form, budget, *figures, *times)
-    out.print(table)
-    where = f"{found['device']}, {found['threads']} threads, {found['dtype']}"
-    out.print(f"{found['samples']} {found['split']} samples; median ms of a batch; {where}", highlight=False)
-    for line in found["left_out"]:
-        out.print(f"left out: {line}", highlight=False)
-    for line in found["verdicts"]:
-        err.print(line, style="bold red" if line.startswith("budget") else None, highlight=False)
 
 
 @app.command()
@@ -135,21 +203,6 @@ def reproduce(
     if not found["ok"]:
         err.print("acmize: the published numbers do not hold here", style="bold red", highlight=False)
         raise typer.Exit(1)
-
-
-def print_reproduction(found: dict[str, Any]) -> None:
-    """One row for each figure; below, what differs between the two environments."""
-    table = table_of("budget", "figure", "published", "found", "holds")
-    for r in found["rows"]:
-        shown = ["-" if r[key] is None else f"{r[key]:.4f}" for key in ("published", "found")]
-        holds = {True: "yes", False: "NO", None: "not checked"}[r["holds"]]
-        table.add_row("dense" if r["budget"] is None else f"{r['budget']:g}", r["figure"], *shown, holds)
-    out.print(table)
-    out.print(f"tolerance {found['tolerance']:g}", highlight=False)
-    for d in found["environment"]:
-        out.print(f"{d['name']}: published {d['published']}, here {d['here']}", highlight=False)
-    for note in found["notes"]:
-        out.print(f"note: {note}", highlight=False)
 
 
 @app.command()

@@ -1,13 +1,14 @@
-"""What the commands share: where they print, how numbers look in tables, and the options that many of them have."""
+"""What the commands share: where they print, the options that many of them have, and what they refuse."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+
+from acmize.errors import AcmizeError
 
 out, err = Console(), Console(stderr=True)
 
@@ -18,14 +19,13 @@ Device = Annotated[str, typer.Option(help="cpu or cuda")]
 NoCompile = Annotated[bool, typer.Option("--no-compile", help="leave torch.compile out, which can take minutes")]
 
 
-def table_of(*columns: str) -> Table:
-    """Columns of numbers, the first one of names."""
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="left" if column == columns[0] else "right")
-    return table
+def images_only(model: Any, what: str) -> None:
+    """Refuse what works on images alone for a speech model.
 
+    Raises:
+        AcmizeError: the model is one.
+    """
+    from acmize.hosts_speech import is_speech
 
-def percent(x: float | None) -> str:
-    """A share as per cent with one decimal, or a dash."""
-    return "-" if x is None else f"{100 * x:.1f}"
+    if is_speech(model):
+        raise AcmizeError(f"{what}: found {type(model).__name__}, a speech model; it works on images only so far")

@@ -16,7 +16,6 @@ from torch import nn
 
 from acmize.api import Images, convert
 from acmize.checkpoint import read_json, write_json
-from acmize.console import percent
 from acmize.controls import gates_share, static_width
 from acmize.environment import environment
 from acmize.evaluate import Reference, evaluate_at, reference
@@ -25,6 +24,7 @@ from acmize.models import architecture, load_model
 from acmize.plan import Plan
 from acmize.quickstart_model import digits_dataset
 from acmize.recipe import Recipe
+from acmize.tables import percent
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE: dict[str, Any] = {

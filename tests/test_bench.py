@@ -14,7 +14,7 @@ import torch
 from short import MODEL, converted, image_folder, refused
 from torch import nn
 
-from acmize import bench, bench_ops, cli, ops, timing
+from acmize import bench, bench_ops, console, ops, timing
 from acmize.bench import bench_model, bench_saved
 from acmize.bench_ops import OpShape
 from acmize.errors import AcmizeError
@@ -157,7 +157,7 @@ def test_the_result_is_the_promised_json(run: Any, saved: Path) -> None:
 
 
 def test_the_table(run: Any, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.out, "width", 140)
+    monkeypatch.setattr(console.out, "width", 140)
     words = ("--budget", 0.8, "--budget", 0.7, "--budget", 0.6, "--batch-size", 2)
     status, captured = run(saved, *words, "--repeats", 1, "--limit", 4, "--no-compile")
     assert status == 0, captured.err

@@ -50,6 +50,7 @@ ORDER = (
     ("compare", "reproduce"),
     ("export", "report"),
     ("console",),
+    ("tables",),
     ("cli_saved",),
     ("cli",),
     ("__main__",),

@@ -15,7 +15,7 @@ from short import converted, image_folder, refused
 from timm.models.vision_transformer import VisionTransformer
 
 import acmize
-from acmize import bench, cli, ops
+from acmize import bench, console, ops
 from acmize import verify as verify_module
 from acmize.gates import Gate, gates_of
 from acmize.hub import from_pretrained, save_pretrained
@@ -215,7 +215,7 @@ def test_compiled(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command(run: Any, saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cli.out, "width", 140)
+    monkeypatch.setattr(console.out, "width", 140)
     folder = image_folder(tmp_path / "d", {"train": 4, "test": 4})
     words = (saved, "--no-compile", "--limit", 2)
     status, captured = run(*words, "--data", folder, "--weights", PACKAGED)
@@ -230,7 +230,7 @@ def test_the_command(run: Any, saved: Path, monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_a_failure_is_in_the_exit_status(run: Any, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.out, "width", 140)
+    monkeypatch.setattr(console.out, "width", 140)
     found = {"ok": False, "device": "cpu", "samples": 2, "inputs": "noise"}
     found["checks"] = [asdict(verify_module.judged("sorted", "full", d, 0.1)) for d in (0.05, 0.2, float("nan"))]
     monkeypatch.setattr(verify_module, "verify_saved", lambda *_, **__: found)
