@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from acmize.api import Images, convert
+from acmize.api import convert
 from acmize.checkpoint import read_json, write_json
 from acmize.controls import gates_share, static_width
 from acmize.environment import environment
 from acmize.evaluate import Reference, evaluate_at, reference
 from acmize.hub import base_of, from_pretrained
+from acmize.images import Images
 from acmize.models import architecture, load_model
 from acmize.plan import Plan
 from acmize.quickstart_model import digits_dataset

@@ -24,7 +24,8 @@ from typing import Any
 import _common as common
 from torch.utils.flop_counter import FlopCounterMode
 
-from acmize.api import _Conversion, convert
+from acmize.api import convert
+from acmize.conversion import Conversion
 from acmize.cost import _uncounted
 from acmize.hosts import make_plan
 from acmize.init import MOMENT_BYTES, _moment_bytes, _wanted, portions
@@ -134,7 +135,7 @@ class Model:
         return Cost(macs=own, memory=memory, traffic=traffic)
 
     def activations(self, s: Setting) -> float:
-        """Bytes that a backward to every choice keeps: a batch that shrinks with the model (`_Conversion`)."""
+        """Bytes that a backward to every choice keeps: a batch that shrinks with the model (`Conversion`)."""
         batch = 20 if self.plan.macs_dense < 8e9 else max(2, round(1.4e11 / self.plan.macs_dense))
         batch = -(-min(batch, s.recipe.batch_size) // s.processes)
         units = sum(e.tokens * e.heads * e.bounds[-1] for e in self.plan.entries)
@@ -197,18 +198,18 @@ def _reduced(size: float, processes: int) -> float:
 def counted(model: Any, data: Any, recipe: Recipe) -> dict[str, int]:
     """MACs of every stage of a conversion, as `FlopCounterMode` sees them."""
     found: dict[str, int] = {}
-    plain = _Conversion._stage
+    plain = Conversion.stage
 
-    def stage(self: Any, name: str, run: Callable[[], None]) -> None:
+    def stage(self: Any, name: str, run: Callable[[Conversion], None]) -> None:
         with FlopCounterMode(display=False, custom_mapping=_uncounted()) as counter:
             plain(self, name, run)
         found[name] = counter.get_total_flops() // 2
 
-    _Conversion._stage = stage
+    Conversion.stage = stage
     try:
         convert(model, data=data, recipe=recipe)
     finally:
-        _Conversion._stage = plain
+        Conversion.stage = plain
     return found
 
 

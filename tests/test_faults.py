@@ -209,7 +209,7 @@ def test_a_stage_cut_in_half_runs_again(tmp_path: Path, caplog: pytest.LogCaptur
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("acmize.api.finetune", stop)
+        patch.setattr("acmize.stages.finetune", stop)
         with pytest.raises(KeyboardInterrupt):
             converted(work=work)
     for name in ("gates.safetensors", "init.json"):

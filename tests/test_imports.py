@@ -44,6 +44,8 @@ ORDER = (
     ("evaluate", "evaluate_speech", "saved"),
     ("results",),
     ("hub", "timm_entry", "hf_entry"),
+    ("conversion",),
+    ("stages",),
     ("api",),
     ("bench", "bench_ops", "bench_speech", "verify", "serve", "latency"),
     ("quickstart",),

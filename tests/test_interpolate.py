@@ -10,7 +10,7 @@ import torch
 from short import converted
 from torch import nn
 
-from acmize import api
+from acmize import stages
 from acmize.evaluate import KL_FLOOR, evaluate, mean_error, reference
 from acmize.images import Images
 from acmize.losses import teacher_loss
@@ -98,13 +98,13 @@ def test_training_ruined_by_its_rate_is_left_behind() -> None:
 
 def test_the_share_is_chosen_at_budgets_that_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[float]] = []
-    real = api.evaluate
+    real = stages.evaluate
 
     def evaluate(*args: Any) -> Any:
         asked.append(list(args[5]))
         return real(*args)
 
-    monkeypatch.setattr(api, "evaluate", evaluate)
+    monkeypatch.setattr(stages, "evaluate", evaluate)
     converted({"phases": ["finetune"], "budget": 0.7, "budgets": (0.9, 0.8, 0.65, 0.6)})
     *scores, last = asked
     assert len(scores) == 5

@@ -51,7 +51,7 @@ def test_killed_between_phases(unbroken: Any, tmp_path: Path, monkeypatch: pytes
 
     for name in ("_gates", "_finetune", "_evaluate"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"acmize.api._Conversion.{name}", killed)
+            patch.setattr(f"acmize.stages.{name}", killed)
             with pytest.raises(Killed):
                 converted(OPTIONS, work=tmp_path / "work", resume=True)
     made = converted(OPTIONS, work=tmp_path / "work", resume=True)
@@ -67,7 +67,7 @@ def test_what_phases_found_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.
     whole = converted(low)
     assert [f for f in whole.results["findings"] if f["kind"] == "distillation"]
     with monkeypatch.context() as patch:
-        patch.setattr("acmize.api._Conversion._evaluate", killed)
+        patch.setattr("acmize.stages._evaluate", killed)
         with pytest.raises(Killed):
             converted(low, work=tmp_path / "work")
     made = converted(low, work=tmp_path / "work", resume=True)
@@ -81,7 +81,7 @@ def killed_at_the_end(work: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("acmize.api._Conversion._evaluate", killed)
+        patch.setattr("acmize.stages._evaluate", killed)
         with pytest.raises(Killed):
             converted({"phases": []}, work=work)
     return work

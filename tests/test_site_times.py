@@ -10,7 +10,7 @@ import torch
 from short import converted
 from tiny import images, plan_of, vit
 
-from acmize import AcmizeError, api
+from acmize import AcmizeError, stages
 from acmize.adaptive import AcmMlp
 from acmize.checkpoint import read_json
 from acmize.hub import from_pretrained
@@ -53,7 +53,7 @@ def times(pays: Any) -> Any:
 
 
 def test_what_does_not_pay_stays_dense(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setattr(api, "site_times", times(lambda e: e.kind == "mlp"))
+    monkeypatch.setattr(stages, "site_times", times(lambda e: e.kind == "mlp"))
     made = converted({"phases": [], "fit_batch": 4, "budget": 0.8, "budgets": []})
     assert {e.kind for e in made.plan.entries} == {"mlp"}
     reasons = {r.reason for r in made.plan.refused if ".attn." in r.fqn}
@@ -64,7 +64,7 @@ def test_what_does_not_pay_stays_dense(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_where_no_site_pays_tokens_alone_are_merged(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setattr(api, "site_times", times(lambda _: False))
+    monkeypatch.setattr(stages, "site_times", times(lambda _: False))
     made = converted({"phases": [], "fit_batch": 4, "budget": 0.6, "budgets": [0.8, 0.6]})
     assert made.plan.entries == ()
     rows = made.results["results"]
@@ -88,7 +88,7 @@ def test_sites_that_lose_least_are_kept_where_merging_cannot_reach_the_budget(mo
     def losing(_dense: Any, plan: Any, _inputs: Any, _seed: int) -> list[SiteTime]:
         return [SiteTime((e.fqn,), 2.0, {"mlp": 2.5, "q": 2.4}.get(e.kind, 3.0)) for e in plan.entries]
 
-    monkeypatch.setattr(api, "site_times", losing)
+    monkeypatch.setattr(stages, "site_times", losing)
     alone = converted({"phases": [], "fit_batch": 4, "budget": 0.8, "budgets": []})
     assert alone.plan.entries == ()
     budget = round(alone.plan.budget_range[0] - 0.02, 2)
@@ -101,7 +101,7 @@ def test_sites_that_lose_least_are_kept_where_merging_cannot_reach_the_budget(mo
 
 
 def test_merging_alone_can_be_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "site_times", times(lambda _: False))
+    monkeypatch.setattr(stages, "site_times", times(lambda _: False))
     options = {"fit_batch": 4, "budget": 0.6, "budgets": [0.6], "losses": {"task": 1.0, "entropy": 0.1}}
     made = converted({**options, "phases": ["distill", "gates", "finetune"], "train": {"interpolate": False}})
     untrained = converted({**options, "phases": []})
@@ -112,29 +112,29 @@ def test_merging_alone_can_be_trained(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_pays_and_nothing_merges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "site_times", times(lambda _: False))
+    monkeypatch.setattr(stages, "site_times", times(lambda _: False))
     with pytest.raises(AcmizeError, match="no site pays on this device in batches of 4; try a larger batch"):
         converted({"phases": [], "fit_batch": 4, "merge": "none"})
 
 
 def test_a_budget_out_of_reach_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "site_times", times(lambda e: e.kind == "q"))
+    monkeypatch.setattr(stages, "site_times", times(lambda e: e.kind == "q"))
     with pytest.raises(AcmizeError, match="cannot go below"):
         converted({"phases": [], "fit_batch": 4, "budget": 0.3, "merge": "none"})
 
 
 def test_a_resumed_conversion_keeps_its_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     options = {"phases": [], "fit_batch": 4, "budget": 0.8, "budgets": []}
-    monkeypatch.setattr(api, "site_times", times(lambda e: e.kind == "mlp"))
+    monkeypatch.setattr(stages, "site_times", times(lambda e: e.kind == "mlp"))
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(api, "initialise_", killed)
+        patch.setattr(stages, "initialise_", killed)
         with pytest.raises(KeyboardInterrupt):
             converted(options, work=tmp_path / "work")
     assert read_json(tmp_path / "work" / "device.json")["names"]
-    monkeypatch.setattr(api, "site_times", times(lambda _: True))  # the clock says otherwise now
+    monkeypatch.setattr(stages, "site_times", times(lambda _: True))  # the clock says otherwise now
     made = converted(options, work=tmp_path / "work", resume=True)
     assert {e.kind for e in made.plan.entries} == {"mlp"}

@@ -212,7 +212,7 @@ def test_the_batch_that_sites_are_timed_in(saved: Path, recordings: Path, monkey
         asked.append(len(inputs))
         return [SiteTime((e.fqn,), 1.0, 2.0) for e in plan.entries]
 
-    monkeypatch.setattr("acmize.api.site_times", none_pays)
+    monkeypatch.setattr("acmize.stages.site_times", none_pays)
     used = 1 if dense.config.is_encoder_decoder else 5  # more than batch_size; Moonshine goes one by one
     with pytest.raises(AcmizeError, match=f"no site pays on this device in batches of {used};"):
         convert(dense, data=str(recordings), phases=(), fit_batch=5, merge="none", **OPTIONS)
