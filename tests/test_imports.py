@@ -177,6 +177,17 @@ def test_a_right_import_passes(name: str, source: str) -> None:
     assert violations({name: imports_of(source, known)}) == []
 
 
+def test_what_is_imported_late_is_what_type_checkers_see() -> None:
+    import acmize
+
+    block = next(node for node in ast.parse((PACKAGE / "__init__.py").read_text()).body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert seen == acmize._LAZY
+    assert set(seen) < set(acmize.__all__)
+    for name in acmize.__all__:
+        assert getattr(acmize, name)
+
+
 def test_import_is_quick_and_needs_no_network() -> None:
     script = f"""
 import socket, sys, time
