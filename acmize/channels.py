@@ -18,7 +18,7 @@ BCHW, or channels last where the layers are linear.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -34,18 +34,6 @@ from acmize.gates import Gate
 from acmize.importance import order_units
 from acmize.recording import AdaptiveModule
 from acmize.samples import grouped, in_groups
-
-
-@ops.eager
-def by_choice(x: Tensor, choice: Tensor, run: Callable[..., Tensor]) -> Tensor:
-    """Run samples of one choice together: x (B, ...), choice (B,) -> (B, ...) in the original order.
-
-    Args:
-        x: inputs.
-        choice: of each sample; read back to the host once.
-        run: (some of x, `choice`, theirs) -> outputs of one shape a sample, whatever the choice.
-    """
-    return in_groups((x,), grouped(choice), run)
 
 
 class ChannelChain(AdaptiveModule):
@@ -88,7 +76,12 @@ class ChannelChain(AdaptiveModule):
             return runs.batch(x, residual, decision.choice[:, 0], tail)
         if decision.keep is not None or ops.pick_backend(x) == "masked":
             return tail.plain(self.forward_reference(x, decision), residual)
-        return tail.plain(by_choice(x, decision.choice[:, 0], self.run), residual)
+        return tail.plain(self._routed(x, decision.choice[:, 0]), residual)
+
+    @ops.eager
+    def _routed(self, x: Tensor, choice: Tensor) -> Tensor:
+        """Samples of one choice together; choice (B,) is read back to the host once."""
+        return in_groups((x,), grouped(choice), self.run)
 
     def run(self, x: Tensor, choice: int) -> Tensor:
         """Samples that all run `choice` learners."""

@@ -11,13 +11,14 @@ from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 
 from acmize.branches import PartialBranches
-from acmize.channels import ChannelChain, by_choice
+from acmize.channels import ChannelChain
 from acmize.cost import count_macs
 from acmize.cut import Between, CutLayer, chain_macs, steps
 from acmize.decision import Decision, hard_keep
 from acmize.gates import DamageGate, GateSpec, choosing
 from acmize.ops import even_bounds, use_backend
 from acmize.recording import record
+from acmize.samples import grouped, in_groups
 
 NUM = 4
 
@@ -147,7 +148,7 @@ def test_training_differentiates_every_parameter() -> None:
     assert all(p.grad is not None for name, p in made.named_parameters() if name != "gate.level")
 
 
-def test_by_choice_calls_once_for_each_choice() -> None:
+def test_samples_of_one_choice_run_together() -> None:
     called: list[tuple[int, int]] = []
 
     def run(x: torch.Tensor, choice: int) -> torch.Tensor:
@@ -155,7 +156,7 @@ def test_by_choice_calls_once_for_each_choice() -> None:
         return x * choice
 
     x, choice = torch.randn(5, 3), torch.tensor([2, 0, 2, 1, 0])
-    torch.testing.assert_close(by_choice(x, choice, run), x * choice[:, None])
+    torch.testing.assert_close(in_groups((x,), grouped(choice), run), x * choice[:, None])
     assert called == [(0, 2), (1, 1), (2, 2)]
 
 

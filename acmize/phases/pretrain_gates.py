@@ -62,8 +62,9 @@ def fit_damage_gates(
         if not isinstance(gate, DamageGate):
             raise AcmizeError("gate labels 'damage' need damage gates; use --gate-labels threshold with this preset")
         mean, std = _moments(rows)
-        if fresh or not _knows(gate, rows):
-            _start(gate, parallel.mean(rows.damage, (0,)), generator)
+        log_mean = (parallel.mean(rows.damage, (0,)) + 1e-9).log()
+        if fresh or not _knows(gate, rows, log_mean):
+            _start(gate, log_mean, generator)
         else:
             _unfold(gate, mean, std)
         scales.append((mean, std))
@@ -109,30 +110,29 @@ def _moments(rows: GateData) -> tuple[Tensor, Tensor]:
     return mean, (parallel.total((x - mean).square().sum(0)) / (len(rows) - 1)).sqrt() + 1e-6
 
 
-def _start(gate: DamageGate, damage: Tensor, generator: torch.Generator) -> None:
-    """Fresh weights; the last layer starts at the log of the mean damage (G, N) of each choice."""
+def _start(gate: DamageGate, log_mean: Tensor, generator: torch.Generator) -> None:
+    """Fresh weights; the last layer starts at `log_mean` (G, N), the log of the mean damage of each choice."""
     with torch.no_grad():
         for layer, gain in ((gate.fc1, 1.0), (gate.fc2, 0.1)):
             bound = gain * layer.in_features**-0.5
             layer.weight.copy_(torch.empty(layer.weight.shape).uniform_(-bound, bound, generator=generator))
             layer.bias.zero_()
         gate.level.zero_()
-        gate.fc2.bias.copy_((damage + 1e-9).log().flatten())
+        gate.fc2.bias.copy_(log_mean.flatten())
 
 
 @torch.no_grad()
-def _knows(gate: DamageGate, rows: GateData) -> bool:
-    """Whether a gate's present predictions are better than the mean damage, over the rows of all processes.
+def _knows(gate: DamageGate, rows: GateData, log_mean: Tensor) -> bool:
+    """Whether a gate's present predictions are better than `log_mean` (G, N), over the rows of all processes.
 
     Where they are not, there is nothing to go on from, and the deviance, which is exponential in their error, fills
     AdamW's second moments with gradients that it takes hundreds of steps to forget.
     """
-    mean, device = (parallel.mean(rows.damage, (0,)) + 1e-9).log(), gate.fc1.weight.device
-    gained = torch.zeros(())
+    device, gained = gate.fc1.weight.device, torch.zeros(())
     for x, damage, dial in zip(*(t.split(ROWS) for t in (rows.x, rows.damage, rows.dial)), strict=True):
         if len(x):
             present = gate.log_damage(x.float().to(device), dial.to(device)).cpu()
-            gained += len(x) * (gamma_deviance(mean.expand_as(damage), damage) - gamma_deviance(present, damage))
+            gained += len(x) * (gamma_deviance(log_mean.expand_as(damage), damage) - gamma_deviance(present, damage))
     return bool(parallel.total(gained) > 0)
 
 
