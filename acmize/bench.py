@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def bench_saved(
     batch_sizes: Sequence[int] = BATCH_SIZES,
     setting: Setting | None = None,
     limit: int = 256,
-    compiled: bool = True,
+    compiled: Collection[str] = ("dense",),
 ) -> dict[str, Any]:
     """Time a loaded adaptive model beside its dense one.
 
@@ -57,7 +57,7 @@ def bench_saved(
         batch_sizes: images in a call.
         setting: device, dtype, threads, repeats, seed.
         limit: images read.
-        compiled: whether `torch.compile` of the dense model takes part.
+        compiled: which of "dense" and "adaptive" are run by `torch.compile` as well.
 
     Returns:
         As of `bench_model`.
@@ -114,7 +114,7 @@ def bench_model(
     budgets: Sequence[float] | None = None,
     batch_sizes: Sequence[int] = BATCH_SIZES,
     setting: Setting | None = None,
-    compiled: bool = True,
+    compiled: Collection[str] = ("dense",),
 ) -> dict[str, Any]:
     """Time an adaptive model at each budget and batch size beside its dense one; both are left as they were.
 
@@ -125,14 +125,15 @@ def bench_model(
         budgets: by default those in the model's results, else the one it is set to.
         batch_sizes: images in a call.
         setting: device, dtype, threads, repeats, seed.
-        compiled: whether `torch.compile` of the dense model takes part (it takes minutes on few cores).
+        compiled: which of "dense" and "adaptive" are run by `torch.compile` as well (it takes minutes on few cores, for
+            the adaptive model minutes for each budget); the faster counts.
 
     Returns:
         {"device", "threads", "dtype", "results", "fit"}. A result has model, batch_size, budget, macs_ratio (of the
         very inputs that were timed), latency_ms of a batch (p5, p50, p95, p99), dense_latency_ms (the same of the
-        fastest form, and "form"), dense_forms_ms (the median of each form), speedup of the medians, throughput in
-        images a second, peak_memory_mb and dense_peak_memory_mb. A fit has intercept and slope of latency = intercept +
-        slope * macs_ratio in milliseconds, and r2, for each batch size.
+        fastest form, and "form"), forms_ms and dense_forms_ms (the median of each form), speedup of the medians,
+        throughput in images a second, peak_memory_mb and dense_peak_memory_mb. A fit has intercept and slope of
+        latency = intercept + slope * macs_ratio in milliseconds, and r2, for each batch size.
 
     Raises:
         AcmizeError: a budget out of reach, or more images in a batch than there are.
@@ -190,24 +191,28 @@ def _bench_batch(
     size: int,
     setting: Setting,
     generator: torch.Generator,
-    compiled: bool,
+    compiled: Collection[str],
 ) -> list[dict[str, Any]]:
     """The rows of one batch size: all budgets and all dense forms take turns."""
     drawn = draws(len(images), size, WARMUP + setting.repeats, generator)
     calls = {"eager": Call(dense), "eager, same products": Call(same_products(dense))}
-    if compiled and (fast := compiled_form(dense, images[drawn[0]])) is not None:
+    if "dense" in compiled and (fast := compiled_form(dense, images[drawn[0]])) is not None:
         calls["compiled"] = Call(fast)
-    forms = tuple(calls)
+    dense_forms, own_forms = tuple(calls), {"eager": model}
+    if "adaptive" in compiled and (fast := compiled_form(model, images[drawn[0]], "adaptive")) is not None:
+        own_forms["compiled"] = fast  # once more for each budget, as warm-up
     for budget in shares:
-        calls[f"{budget}"] = Call(model, lambda budget=budget: model.set_budget(budget))
+        for form, run in own_forms.items():
+            calls[f"{budget}, {form}"] = Call(run, lambda budget=budget: model.set_budget(budget))
     log.info("batch of %d: %d rounds of %d calls", size, len(drawn), len(calls))
     seconds = interleaved(calls, (images[index] for index in drawn), device=setting.device)
     times = {name: percentiles(spent) for name, spent in seconds.items()}
-    form = min(forms, key=lambda name: times[name]["p50"])
+    form = min(dense_forms, key=lambda name: times[name]["p50"])
     timed, rows = torch.cat(drawn[WARMUP:]), []
     for budget, share in shares.items():
         model.set_budget(budget)
-        batch, mine = images[drawn[0]], times[f"{budget}"]
+        batch, forms = images[drawn[0]], {name: times[f"{budget}, {name}"] for name in own_forms}
+        mine = min(forms.values(), key=lambda spent: spent["p50"])
         rows.append(
             {
                 "model": model.base["architecture"],
@@ -216,7 +221,8 @@ def _bench_batch(
                 "macs_ratio": share[timed].mean().item(),
                 "latency_ms": mine,
                 "dense_latency_ms": {**times[form], "form": form},
-                "dense_forms_ms": {name: times[name]["p50"] for name in forms},
+                "forms_ms": {name: spent["p50"] for name, spent in forms.items()},
+                "dense_forms_ms": {name: times[name]["p50"] for name in dense_forms},
                 "speedup": times[form]["p50"] / mine["p50"],
                 "throughput": 1e3 * size / mine["p50"],
                 "peak_memory_mb": peak_mb(lambda batch=batch: model(batch), setting.device),
@@ -235,15 +241,15 @@ def same_products(dense: nn.Module) -> nn.Module:
     return made
 
 
-def compiled_form(dense: nn.Module, example: Tensor) -> Callable[[Tensor], object] | None:
-    """The dense model compiled for this very shape, or None, with a note, where it cannot be."""
-    log.info("compiling the dense model for a batch of %d; --no-compile leaves it out", len(example))
+def compiled_form(model: Any, example: Tensor, name: str = "dense") -> Callable[[Tensor], object] | None:
+    """A model compiled for this very shape, or None, with a note, where it cannot be."""
+    log.info("compiling the %s model for a batch of %d; --no-compile leaves it out", name, len(example))
     try:
-        made = torch.compile(dense, dynamic=False)
+        made: Any = torch.compile(model, dynamic=False)
         made(example)
     except Exception as error:  # any kind: a compiler that is missing, an operator it does not know
         first = (str(error).strip().splitlines() or [""])[0]
-        log.warning("dense is eager only: torch.compile failed (%s: %s)", type(error).__name__, first)
+        log.warning("%s is eager only: torch.compile failed (%s: %s)", name, type(error).__name__, first)
         return None
     return made
 

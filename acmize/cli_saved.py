@@ -31,6 +31,7 @@ def bench(
     limit: Annotated[int, typer.Option(help="samples at most; 32 at most in speech")] = 256,
     seed: Annotated[int, typer.Option(help="of the order of samples")] = 0,
     no_compile: NoCompile = False,
+    compile_adaptive: Annotated[bool, typer.Option(help="compile it as well: minutes for each budget")] = False,
     ops: Annotated[bool, typer.Option("--ops", help="time the primitives alone; DIR may be left out")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -53,7 +54,8 @@ def bench(
             found |= bench_speech(model, data, batch_sizes=batch_size or (1,), limit=min(limit, 32), **told)
         else:
             sizes = batch_size or BATCH_SIZES
-            found |= bench_saved(model, data, batch_sizes=sizes, limit=limit, compiled=not no_compile, **told)
+            which = () if no_compile else ("dense", "adaptive") if compile_adaptive else ("dense",)
+            found |= bench_saved(model, data, batch_sizes=sizes, limit=limit, compiled=which, **told)
     if ops:
         found |= bench_ops(setting)
     if as_json:

@@ -112,7 +112,9 @@ def print_bench(found: dict[str, Any]) -> None:
             for r in rows:
                 cells = [*_milliseconds(r["latency_ms"]), f"{r['speedup']:.2f}"]
                 cells += [f"{r['throughput']:.1f}", f"{r['peak_memory_mb']:.1f}"]
-                table.add_row(str(size), f"{r['budget']:g}", f"{r['macs_ratio']:.3f}", *cells)
+                form = min(r["forms_ms"], key=r["forms_ms"].get)
+                name = f"{r['budget']:g}" + ("" if form == "eager" else f", {form}")
+                table.add_row(str(size), name, f"{r['macs_ratio']:.3f}", *cells)
         out.print(table)
         for fit in found["fit"]:
             line = f"{fit['intercept']:.2f} + {fit['slope']:.2f} x MACs ratio"

@@ -6,12 +6,12 @@ Command:   python recipes/cost_vit_base.py --output runs/cost
 Shows:     seconds of each stage and the largest resident memory of the process (Python, torch, the
            photographs and both models included) for `vit_base_patch16_224` with `--phases none`. The weights are
            random: time and memory do not depend on them, accuracy means nothing here and is not printed.
-           With --bench: as `acmize bench`, for batches of 1 and 8: over the faster of eager and compiled dense,
-           and over the fastest form, which may be eager with the same matrix products.
+           With --bench: as `acmize bench --compile-adaptive`, for batches of 1 and 8, both models in their faster
+           form, eager or compiled: over dense so, and over its fastest form, which may be eager with our products.
 Data:      generated photographs (smooth colour noise, seed 0), 256 a split or --limit of them; nothing is read.
 Seed:      0.
 Hardware:  2 cores of a shared x86-64 machine (AVX-512, bf16), nothing beside it.
-Time:      11 to 13 minutes (--mixed-precision bf16), 5 more with --bench.
+Time:      11 to 13 minutes (--mixed-precision bf16), 10 more with --bench.
 Versions:  in results.json.
 
 Result:    docs/results.md, "Cost of converting ViT-B". The aim: under 8 GB and under 15 minutes on 2 cores.
@@ -97,9 +97,8 @@ def main() -> None:
     def timed(made: Any) -> Any:
         images = Images(data, model, recipe)
         inputs = torch.cat(list(images.batches(images.test)))
-        return bench_model(
-            made, model, inputs, None, (1, 8), Setting(device=args.device, seed=args.seed, repeats=REPEATS)
-        )
+        setting = Setting(device=args.device, seed=args.seed, repeats=REPEATS)
+        return bench_model(made, model, inputs, None, (1, 8), setting, ("dense", "adaptive"))
 
     rows.measure("acmize_vit_digits" if args.smoke else args.model, measure)
     gained = lambda _, r: ", ".join(map(cell, r.get("bench", {}).get("results", [])))  # noqa: E731

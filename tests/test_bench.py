@@ -24,8 +24,8 @@ from acmize.phases.calibrate import realised
 from acmize.timing import Call, Setting, interleaved, linear_fit
 
 ROW = {
-    "model", "batch_size", "budget", "macs_ratio", "latency_ms", "dense_latency_ms", "dense_forms_ms", "speedup",
-    "throughput", "peak_memory_mb", "dense_peak_memory_mb",
+    "model", "batch_size", "budget", "macs_ratio", "latency_ms", "dense_latency_ms", "forms_ms", "dense_forms_ms",
+    "speedup", "throughput", "peak_memory_mb", "dense_peak_memory_mb",
 }  # fmt: skip
 PERCENTILES = {"p5", "p50", "p95", "p99"}
 
@@ -189,7 +189,7 @@ def test_every_call_has_another_batch_of_the_real_inputs(
     images = bench.real_images(model, None, limit=12)
     dense = Spy(bench.dense_of(model), clock, 0.5)
     setting = Setting(repeats=4)
-    first = bench_model(model, dense, images, [0.7], [3], setting, compiled=False)
+    first = bench_model(model, dense, images, [0.7], [3], setting, compiled=())
     assert len({tuple(x.flatten().tolist()) for x in dense.seen}) == len(dense.seen) - 1 == timing.WARMUP + 4
     dense.seen.pop()  # the last call is for its memory
     known = {tuple(image.flatten().tolist()) for image in images}
@@ -216,6 +216,25 @@ def test_the_faster_dense_form_counts(model: Any, clock: Clock, monkeypatch: pyt
         assert found["dense_latency_ms"]["p50"] == pytest.approx(1e3 * min(0.5, seconds))
 
 
+def test_the_faster_adaptive_form_counts(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"0.8, eager": 0.3, "0.8, compiled": 0.2, "0.7, eager": 0.1, "0.7, compiled": 0.15}
+    asked: list[str] = []
+
+    def interleaved(calls: dict[str, Call], *_args: Any, **_options: Any) -> dict[str, list[float]]:
+        return {name: [seconds.get(name, 0.4)] for name in calls}
+
+    monkeypatch.setattr(bench, "interleaved", interleaved)
+    monkeypatch.setattr(bench, "compiled_form", lambda net, _, name="dense": asked.append(name) or net)
+    images, dense, setting = bench.real_images(model, None, limit=4), bench.dense_of(model), Setting(repeats=1)
+    for which, fastest in ((["dense"], [300, 100]), (["dense", "adaptive"], [200, 100])):
+        asked.clear()
+        rows = bench_model(model, dense, images, [0.8, 0.7], [2], setting, which)["results"]
+        assert asked == which
+        assert [row["latency_ms"]["p50"] for row in rows] == pytest.approx(fastest)
+        assert [row["speedup"] for row in rows] == pytest.approx([400 / ms for ms in fastest])
+        assert all(len(row["forms_ms"]) == len(which) for row in rows)
+
+
 def test_a_compiler_that_fails_is_told_and_left_out(
     model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -232,7 +251,7 @@ def test_the_model_is_left_as_it_was(model: Any) -> None:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     drawn = torch.get_rng_state()
     setting = Setting(repeats=1, dtype="bfloat16", threads=1)
-    found = bench_saved(model, budgets=[0.5], batch_sizes=[2], limit=4, setting=setting, compiled=False)
+    found = bench_saved(model, budgets=[0.5], batch_sizes=[2], limit=4, setting=setting, compiled=())
     assert found["dtype"] == "bfloat16"
     assert all(torch.equal(v, model.state_dict()[k]) and v.dtype == torch.float32 for k, v in before.items())
     assert torch.equal(drawn, torch.get_rng_state())
@@ -353,7 +372,7 @@ def test_without_saved_budgets_one_is_wanted(model: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(model, "results", {})
     monkeypatch.setattr(model, "budget", None)
     with pytest.raises(AcmizeError, match="give --budget"):
-        bench_saved(model, limit=4, batch_sizes=[1], compiled=False)
+        bench_saved(model, limit=4, batch_sizes=[1], compiled=())
 
 
 @torch.no_grad()
