@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import nn
 
 from acmize import parallel
 from acmize.audio import open_audio
+from acmize.checkpoint import remove_dir
 from acmize.conversion import Conversion, planned
 from acmize.evaluate import evaluate, reference
 from acmize.gates import choosing, full_width
@@ -80,7 +80,7 @@ def convert(
         if output is not None:
             save_pretrained(made, output)
         if work is not None:
-            shutil.rmtree(work)
+            remove_dir(Path(work))
     parallel.wait()
     return made
 

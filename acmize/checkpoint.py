@@ -182,6 +182,14 @@ def _aside(path: Path, what: str) -> Path:
     return path.with_name(f".{path.name}.{what}")
 
 
+def remove_dir(path: Path) -> None:
+    """Remove a folder: all of it is gone from its name at once, whenever the process is killed."""
+    gone = path.with_name(f".{path.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)  # what an earlier removal was killed over
+    path.rename(gone)
+    shutil.rmtree(gone)
+
+
 def recover_dir(path: str | Path) -> bool:
     """Puts the old folder back if a kill fell between the two renames of `atomic_dir`; True if one exists."""
     path = Path(os.path.realpath(path))

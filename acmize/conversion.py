@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 
 from acmize import parallel
-from acmize.checkpoint import read_json, save_tensors, write_json
+from acmize.checkpoint import read_json, remove_dir, save_tensors, write_json
 from acmize.diagnose import Finding
 from acmize.environment import peak_bytes, release_memory
 from acmize.errors import AcmizeError
@@ -110,7 +109,7 @@ class Conversion:
         if self.work is not None:
             if parallel.is_main():
                 if not resume and self.work.exists():
-                    shutil.rmtree(self.work)
+                    remove_dir(self.work)
                 self.work.mkdir(parents=True, exist_ok=True)
             parallel.wait()
             self._same_recipe(self.work / "recipe.json")

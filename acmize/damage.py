@@ -123,6 +123,8 @@ def collect_damage(
                     raise AcmizeError("found outputs of the dense model that are not finite; check weights and data")
                 drawn = _drawn(probabilities, draws, generator)
                 _one_batch(model, batch, len(whole), drawn, choose, generator, keep_tokens, rows)
+            if keep_bf16:  # gigabytes of activations are gone, but rows that are kept lie between them
+                release_memory()
     finally:
         model.train(training)
         for p in frozen:

@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,8 @@ class Conversion:
             recipe, work = resolve(OPTIONS, {"seed": self.seed}), work_of(output)
             convert(self.model, data=self.data, recipe=recipe, base=self.base, work=work, resume=True, output=output)
             status = 0
+        except Exception:  # the process ends below, so nothing else would tell
+            traceback.print_exc()
         finally:
             sys.stderr.flush()
             os._exit(status)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,6 +58,27 @@ def test_killed_between_phases(unbroken: Any, tmp_path: Path, monkeypatch: pytes
     made = converted(OPTIONS, work=tmp_path / "work", resume=True)
     assert same_state(made, unbroken)
     assert timeless(made.results) == timeless(unbroken.results)
+
+
+def test_killed_while_its_checkpoints_are_removed(
+    unbroken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, remove = tmp_path / "work", shutil.rmtree
+
+    def killed_half_way(path: Path, **options: Any) -> None:
+        if options.get("ignore_errors") or not (files := sorted(Path(path).rglob("*.safetensors"))):
+            return remove(path, **options)
+        files[0].unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed_half_way)
+        with pytest.raises(Killed):
+            converted(OPTIONS, work=work)
+    assert any(tmp_path.rglob("*.safetensors")), "it was to be killed before all was removed"
+    made = converted(OPTIONS, work=work, resume=True)
+    assert same_state(made, unbroken)
+    assert not list(tmp_path.iterdir()), "what was left over is gone too"
 
 
 def test_what_phases_found_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
