@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ from acmize.decision import Decision
 from acmize.errors import AcmizeError
 from acmize.gates import Gate
 from acmize.padding import Padding
+
+_R = TypeVar("_R")
 
 
 class AdaptiveModule(nn.Module):
@@ -185,7 +187,13 @@ def record(model: nn.Module, samples: int, keep_inputs: bool = False) -> Iterato
     """
     if samples < 1:
         raise AcmizeError(f"batch: found {samples} samples, expected at least one; leave empty batches out")
-    recorder = Recorder(samples, keep_inputs)
+    with recorded_by(model, Recorder(samples, keep_inputs)) as recorder:
+        yield recorder
+
+
+@contextmanager
+def recorded_by(model: nn.Module, recorder: _R) -> Iterator[_R]:
+    """Every module with a place for a recorder tells this one what it decides while the context is open."""
     modules: list[Any] = [m for m in model.modules() if hasattr(m, "recorder")]
     for module in modules:
         module.recorder = recorder

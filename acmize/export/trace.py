@@ -28,7 +28,7 @@ from acmize.methods.acm import AcmConfig
 from acmize.methods.token_merging import hooks_of
 from acmize.phases.calibrate import Calibration
 from acmize.plan import Merging
-from acmize.recording import AdaptiveModule
+from acmize.recording import AdaptiveModule, recorded_by
 from acmize.registry import method_for
 
 EXAMPLE_FRAMES = 50  # of the utterance that is traced: the graph takes any number
@@ -61,7 +61,7 @@ class AnyBudget(nn.Module):
             schedule = schedule_at(merging, share)
         with (
             merging_by(self.model, schedule, merging and AnyLength(merging)),
-            _spending(self.model if self.compute else nn.Identity(), x) as spent,
+            recorded_by(self.model if self.compute else nn.Identity(), _Spent(x)) as spent,
         ):
             out = output_of(torch.func.functional_call(self.model, buffers, (x,)))
         if not self.compute:
@@ -102,20 +102,6 @@ class _Spent:
         each = (module.macs(decision).sum(-1) + sum(module.gate.gate_macs)).reshape(self.samples, -1)
         self.macs = self.macs + each.sum(1)
         self.tokens |= dict.fromkeys(module.names, each.shape[1])
-
-
-@contextmanager
-def _spending(model: nn.Module, x: Tensor) -> Iterator[_Spent]:
-    """Add up what every module with a place for a recorder spends inside the context."""
-    spent = _Spent(x)
-    modules: list[Any] = [m for m in model.modules() if hasattr(m, "recorder")]
-    for module in modules:
-        module.recorder = spent
-    try:
-        yield spent
-    finally:
-        for module in modules:
-            module.recorder = None
 
 
 def budget_range(model: Any) -> tuple[float, float]:
