@@ -100,7 +100,7 @@ def collect_damage(
         draws: classes drawn a sample, a backward pass each.
         keep_tokens: share of tokens kept, to bound memory; at least one a sample.
         bf16: both models under autocast: a damage spans orders of magnitude, its rounding is far below that.
-        keep_bf16: hold the inputs in half of the memory.
+        keep_bf16: hold the inputs in half of the memory, and give back what each batch leaves free.
 
     Returns:
         gate -> its inputs and damages, on the CPU; damages in float32, inputs too or in bfloat16.
@@ -129,11 +129,7 @@ def collect_damage(
         model.train(training)
         for p in frozen:
             p.requires_grad_(True)
-    found: dict[Gate, GateData] = {}
-    for gate in list(rows):  # gigabytes, in pieces that lie between those of other gates
-        found[gate] = rows.pop(gate).joined()
-        release_memory()
-    return found
+    return {gate: rows.pop(gate).joined() for gate in list(rows)}  # one after the other: they are gigabytes
 
 
 def _drawn(probabilities: Tensor, draws: int, generator: torch.Generator) -> Tensor:
