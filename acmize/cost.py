@@ -125,7 +125,7 @@ def tokens_at(model: nn.Module, names: list[str], *inputs: Any) -> dict[str, int
 
     for name in names:
         module = modules[name]
-        handles.append(module.register_forward_hook(hook(name, isinstance(module, nn.Conv2d))))
+        handles.append(module.register_forward_hook(hook(name, isinstance(module, (nn.Conv1d, nn.Conv2d)))))
     try:
         with evaluating(model):
             forward(model, *inputs)

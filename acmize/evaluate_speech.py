@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmize import parallel
@@ -226,16 +227,17 @@ def silent_frames(wave: Tensor, frames: int) -> Tensor:
         frames: T.
     """
     edges = torch.linspace(0, len(wave), frames + 1).long()
-    total = torch.nn.functional.pad(wave.double().square().cumsum(0), (1, 0))
+    total = F.pad(wave.double().square().cumsum(0), (1, 0))
     energy = (total[edges[1:]] - total[edges[:-1]]) / (edges[1:] - edges[:-1]).clamp_min(1)
     level = 10 * energy.clamp_min(1e-12).log10()
     return level < level.quantile(0.95) + SILENT_DB
 
 
 def mean_choices(seen: Recorder, plan: Plan, sample: int, trace: Sequence[Tensor] = ()) -> Tensor:
-    """(T,) mean share of the learners that each frame of a sample ran, over the sites that see its frames.
+    """(T,) mean share of the learners that each frame of a sample ran, over its sites.
 
-    Merged frames share what their token ran; where nothing but merging is adaptive, the share of a token each has.
+    Merged frames share what their token ran; where nothing but merging is adaptive, the share of a token each has. Of a
+    convolution with more frames the mean over those that fall into one is taken.
     `trace` is what `tracing` gave for the same forward.
     """
     frames = int(torch.as_tensor(seen.tokens[""]).expand(seen.samples)[sample]) if trace else None
@@ -243,12 +245,14 @@ def mean_choices(seen: Recorder, plan: Plan, sample: int, trace: Sequence[Tensor
     if not plan.entries:
         return torch.stack([1 / held_together(holder) for holder in holders]).mean(0).cpu()
     shares: list[Tensor] = []
-    for e in plan.entries:
+    for e in sorted(plan.entries, key=lambda e: e.form == "windows"):
         choice = seen.per_token[e.fqn][sample]
         share = choice[choice >= 0] / e.num_learners
         block = plan.merging.block_of(e.fqn) if plan.merging is not None and holders else None
         if block is not None:
             share = share[holders[block]] / held_together(holders[block])
+        if shares and e.form == "windows":
+            share = F.adaptive_avg_pool1d(share[None], len(shares[0]))[0]
         if not shares or len(share) == len(shares[0]):
             shares.append(share)
     return torch.stack(shares).mean(0).cpu()

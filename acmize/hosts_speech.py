@@ -6,7 +6,8 @@ and 5.23. Layers are replaced, attention functions (eager, sdpa, flash) are not:
     Wav2Vec2, HuBERT, Data2VecAudio   MLPs; q, k, v, out rotated
     WavLM                             MLPs; its attention hands the weights of its layers to a function of torch
     Whisper                           encoder: MLPs; q, k, v, out rotated
-    Moonshine                         encoder: MLPs; v, out rotated; q, k in pairs, since rotary positions act on them
+    Moonshine                         encoder: MLPs; v, out rotated; q, k in pairs, since rotary positions act on them;
+                                      second and third convolution, frame by frame
     AST                               MLPs; q, k, v, out rotated
     decoders                          MLPs, when asked for; attention stays dense
 
@@ -203,9 +204,20 @@ def alone_only(model: Any) -> str | None:
 # --- front ends -----------------------------------------------------------------------------------------------
 
 
+def front_sites(fqn: str, module: Any) -> list[Site]:
+    """Convolutions of a module's front end that can be made adaptive, frame by frame; the first reads samples alone."""
+    if class_path(module) != f"{_MOONSHINE}.MoonshineEncoder":
+        return []
+    second, third = f"{fqn}.conv2", f"{fqn}.conv3"
+    return [
+        Site(fqn=second, kind="linear", roles={"module": second}, options={"reader": third}),
+        Site(fqn=third, kind="linear", roles={"module": third}),
+    ]
+
+
 @dataclass(frozen=True, kw_only=True)
 class FrontEnd:
-    """What makes frames of samples; never made adaptive.
+    """What makes frames of samples.
 
     Attributes:
         modules: paths of its layers.

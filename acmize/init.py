@@ -34,10 +34,12 @@ from acmize.ops import gemm
 from acmize.padding import rows, watching
 from acmize.plan import Plan, PlanEntry
 from acmize.registry import method_for
+from acmize.windows import Geometry
 
 Moments = dict[str, Tensor]
 MOMENT_BYTES = 2 << 30  # of second moments held at a time
 ATTENTION = ("rotated", "paired")  # forms of the projections of one attention, filled together
+LOW_RANK = ("lowrank", "windows")
 
 
 # --- statistics -----------------------------------------------------------------------------------------------
@@ -67,6 +69,8 @@ def collect_moments(dense: nn.Module, plan: Plan, batches: Iterable[Batch]) -> M
             z = inputs[0] if side == "input" else output
             if isinstance(module, nn.Conv2d):
                 z = z.permute(0, 2, 3, 1)
+            elif isinstance(module, nn.Conv1d):
+                z = Geometry.of(module).windows(z).flatten(-2)
             z = rows(z, padding(path))
             z = F.pad(z.reshape(-1, heads, z.shape[-1] // heads).float(), (0, 1), value=1.0).transpose(0, 1)
             new = gemm(z[0].T, z[0].T)[None] if heads == 1 else z.mT @ z
@@ -98,7 +102,7 @@ def _wanted(plan: Plan) -> dict[str, tuple[str, int]]:
     for e in plan.entries:
         if e.form == "prefix":
             wanted[e.roles["fc2"]] = ("input", 1)
-        elif e.form == "lowrank":
+        elif e.form in LOW_RANK:
             wanted[e.target] = ("input", 1)
         elif e.form in ATTENTION:
             wanted |= _attention_outputs(e)
@@ -136,7 +140,7 @@ def portions(dense: nn.Module, plan: Plan, limit: int) -> list[Plan]:
     """The plan in parts whose moments take at most `limit` bytes each; what is filled together stays together."""
     together: dict[str, list[PlanEntry]] = {}
     for e in plan.entries:
-        known = e.roles["out"] if e.form in ATTENTION else e.target if e.form in ("prefix", "lowrank") else ""
+        known = e.roles["out"] if e.form in ATTENTION else e.target if e.form in ("prefix", *LOW_RANK) else ""
         together.setdefault(known, []).append(e)
     parts: list[Plan] = []
     room = 0
@@ -157,7 +161,10 @@ def _moment_bytes(layer: Any, side: str, heads: int) -> int:
 
 
 def _moment_size(layer: Any, side: str, heads: int) -> int:
-    return layer.weight.shape[0 if side == "output" else 1] // heads + 1
+    size = len(layer.weight) if side == "output" else layer.weight.shape[1]
+    if isinstance(layer, nn.Conv1d):
+        size = layer.weight[0].numel()  # a window of the input
+    return size // heads + 1
 
 
 def _no_moments(layer: Any, side: str, heads: int) -> Tensor:
@@ -179,12 +186,12 @@ def init_(model: nn.Module, dense: nn.Module, plan: Plan, moments: Moments) -> N
     """
     modules, adaptive = dict(dense.named_modules()), dict(model.named_modules())
     attention: dict[str, list[PlanEntry]] = {}
-    others = [e for e in plan.entries if e.form not in ("prefix", "lowrank", *ATTENTION)]
+    others = [e for e in plan.entries if e.form not in ("prefix", *LOW_RANK, *ATTENTION)]
     method_for(plan.config).fill(adaptive, modules, others, moments)
     for e in plan.entries:
         if e.form == "prefix":
             _init_mlp(adaptive, modules, e, moments[e.roles["fc2"]][0])
-        elif e.form == "lowrank":
+        elif e.form in LOW_RANK:
             _init_lowrank(adaptive[e.target], modules[e.target], e, moments[e.target][0])
         elif e.form in ATTENTION:
             attention.setdefault(e.roles["out"], []).append(e)

@@ -48,9 +48,13 @@ class Padding:
         """Remember a mask (B, T), or that there is none."""
         self._local.valid = valid
 
+    def read_any(self) -> Tensor | None:
+        """The mask, whatever tokens it is of."""
+        return getattr(self._local, "valid", None)
+
     def read(self, x: Tensor) -> Tensor | None:
         """The mask for tokens x (B, T, D); None where nothing is padded or x has other tokens."""
-        valid = getattr(self._local, "valid", None)
+        valid = self.read_any()
         return valid if valid is not None and valid.shape == x.shape[:-1] else None
 
 

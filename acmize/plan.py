@@ -110,8 +110,9 @@ class PlanEntry:
         fqn: unique name; for a part of a fused layer the layer's path and the part ("blocks.0.attn.qkv.q").
         target: path of the module that is replaced.
         gate_at: path of the module whose gate decides; entries that share a gate name the same one.
-        kind: "mlp", "q", "k", "v", "out" or "linear"; another method's are its own.
-        form: "prefix", "rotated", "paired" (under rotary positions) or "lowrank"; another method's are its own.
+        kind: "mlp", "q", "k", "v", "out", "linear" or "conv"; another method's are its own.
+        form: "prefix", "rotated", "paired" (under rotary positions), "lowrank" or "windows" (low rank, a frame of a
+            convolution over time at a time); another method's are its own.
         bounds: cumulative widths (0, ..., units), one more than there are learners.
         heads: heads cut alike.
         learner_macs: MACs a token of each learner.
@@ -343,9 +344,12 @@ class Plan:
         if self.length_macs is None:
             return executed + self.macs_rest(schedule), zero + self.macs_dense
         constant, linear, square = self.length_macs
-        length = zero + (tokens[""] if "" in tokens else tokens[self.entries[0].fqn])
+        own = {e.fqn for e in self.entries if e.form == "windows"}  # sites with frames of their own
+        other = [e for e in self.entries if e.fqn not in own]
+        length = zero + (tokens[""] if "" in tokens else tokens[(other or self.entries)[0].fqn])
         dense = constant + linear * length + square * length**2
-        rest = dense - length * sum(e.macs // e.tokens for e in self.entries)
+        rest = dense - length * sum(e.macs // e.tokens for e in other)
+        rest = rest - sum(tokens[e.fqn] * (e.macs // e.tokens) for e in self.entries if e.fqn in own)
         if self.merging is not None and any(schedule):
             rest = rest - zero.new_tensor([self._saved_at(round(n), schedule) for n in length.tolist()])
         return executed + rest, dense
@@ -386,7 +390,7 @@ class Plan:
         schedule = self.schedule(budget)
         assert self.merging is not None
         share = sum(self.merging.counts(schedule)) / (self.merging.tokens * self.merging.blocks)
-        sites = sum(e.min_macs for e in self.entries) * share
+        sites = sum(e.min_macs * (1 if e.form == "windows" else share) for e in self.entries)
         return (self.macs_rest(schedule) + sites) / self.macs_dense
 
     def check_budget(self, budget: float) -> None:

@@ -54,11 +54,19 @@ class AdaptiveModule(nn.Module):
 
     def decide(self, x: Tensor) -> Decision:
         """Ask the gate about x (..., D), tokens (or samples alone) on the leading axes, and tell the recorder."""
-        valid = None if self.padding is None else self.padding.read(x)
+        valid = self.valid(x)
         decision = self.gate(x) if valid is None else self.gate(x, valid)
         if self.recorder is not None:
             self.recorder.add(self, x, decision)
         return decision
+
+    def valid(self, x: Tensor) -> Tensor | None:
+        """X (B, T, D) -> (B, T), True for real tokens; None where all are."""
+        return None if self.padding is None else self.padding.read(x)
+
+    def gate_input(self, x: Tensor) -> Tensor:
+        """What the learners read (M, D) -> what the gate reads of it."""
+        return x
 
     def split_output(self, y: Tensor) -> list[Tensor]:
         """The module's output (M, O) -> the share of each group of the gate."""

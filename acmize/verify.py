@@ -36,6 +36,7 @@ from acmize.kernels.linear import is_available
 from acmize.methods.token_merging import schedule_of, set_schedule
 from acmize.recording import AdaptiveModule, record
 from acmize.timing import check_device
+from acmize.windows import AcmConv
 
 log = logging.getLogger("acmize")
 
@@ -377,6 +378,8 @@ def _leading(module: AdaptiveModule, x: Tensor, count: int) -> Tensor:
     """The first tokens of an adaptive module's input, or samples where it decides for whole samples."""
     if module.per_sample:
         return x[:count]
+    if isinstance(module, AcmConv):
+        return module.geometry.windows(x).flatten(0, 1)[:count]
     if getattr(module, "channels_first", False):
         return x.movedim(1, -1).flatten(0, -2)[:count, :, None, None]
     return x.flatten(0, -2)[:count]

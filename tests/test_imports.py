@@ -27,7 +27,7 @@ ORDER = (
     ("gates",),
     ("recording",),
     ("layers", "fusion", "traced"),
-    ("adaptive", "channels", "branches"),
+    ("adaptive", "channels", "branches", "windows"),
     ("methods",),
     ("plan",),
     ("hosts_speech",),

@@ -11,7 +11,7 @@ import torch
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 
-from acmize import hosts_speech
+from acmize import hosts_speech, windows
 from acmize.errors import AcmizeError
 from acmize.hosts import timm_cnns, timm_transformers  # noqa: F401 - they register their handlers
 from acmize.hosts._registry import HANDLERS, LINEAR, Found, Handler
@@ -32,6 +32,8 @@ def find_sites(model: nn.Module, kinds: Sequence[str] = LINEAR) -> Found:
     for fqn, module in model.named_modules():
         known = _handlers(module)
         handler = next((known[kind] for kind in kinds if kind in known), None)
+        if "linear" in kinds:
+            found += hosts_speech.front_sites(fqn, module)
         if handler is not None and not any(fqn.startswith(p + ".") for p in inside):
             found += handler(fqn, module)
             inside.add(fqn)
@@ -169,6 +171,9 @@ def unfit(site: Site, modules: dict[str, Any]) -> str | None:
         if role == "act":
             if any(p.numel() > 1 for p in layer.parameters()):
                 return f"its activation {type(layer).__name__} has a parameter for each unit"
+        elif role == "module" and type(layer) is nn.Conv1d:
+            if reason := windows.unfit(layer):
+                return reason
         elif role != "module" or site.kind == "linear":
             pointwise = type(layer) is nn.Conv2d and layer.kernel_size == (1, 1) and layer.groups == 1
             if type(layer) is not nn.Linear and not (pointwise and site.options.get("channels_first")):

@@ -34,6 +34,7 @@ from acmize.adaptive import AcmMlp, AcmOut, AcmProjections
 from acmize.gates import ClassificationGate, DamageGate, Gate, GateSpec
 from acmize.layers import Contract, Expand, GateLink, LowRank
 from acmize.registry import Keep, Method, Refused, register
+from acmize.windows import AcmConv, Geometry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,10 @@ class Acm(Method):
         if config.projections == "none":
             raise Refused("projections are left dense (projections='none')")
         if site.kind == "linear":
-            entry = self._plan_lowrank(site.fqn, site.fqn, "linear", modules[site.fqn], config, site)
+            module = modules[site.fqn]
+            if isinstance(module, nn.Conv1d):
+                return [self._plan_windows(site, module, config)] if keep(site.fqn, site.fqn) else []
+            entry = self._plan_lowrank(site.fqn, site.fqn, "linear", module, config, site)
             return [entry] if keep(site.fqn, site.fqn) else []
         if config.projections == "lowrank":
             return self._plan_lowrank_attention(site, modules, config, keep)
@@ -177,6 +181,20 @@ class Acm(Method):
         macs = tuple((dim + out) * (b - a) for a, b in pairwise(bounds))
         return self._entry(fqn, target, kind, "lowrank", bounds, 1, macs, dim, groups, config, site, min_choice=1)
 
+    def _plan_windows(self, site: Any, module: nn.Conv1d, config: AcmConfig) -> dict[str, Any]:
+        """A convolution over time; all learners but the last, which makes it exact, cost what the dense layer costs."""
+        if config.init == "random":
+            raise Refused("a convolution: its learners come from its weights (init='random' has none)")
+        out, channels, dim = module.out_channels, module.in_channels, module.weight[0].numel()
+        rank, even = min(dim, out), dim * out // (dim + out)
+        bounds = _bounds(rank, config.num_learners, "ranks")
+        if config.num_learners > 1 and config.num_learners - 1 <= even < rank:
+            bounds = (*ops.even_bounds(even, config.num_learners - 1), rank)
+        macs = tuple((dim + out) * (b - a) for a, b in pairwise(bounds))
+        return self._entry(
+            site.fqn, site.fqn, "conv", "windows", bounds, 1, macs, channels, 1, config, site, min_choice=1
+        )
+
     def _entry(
         self,
         fqn: str,
@@ -221,6 +239,8 @@ class Acm(Method):
         first = entries[0]
         if first.kind == "mlp":
             return self._build_mlp(modules, first, config, macs_total)
+        if first.form == "windows":
+            return {first.target: self._windows(modules, first, config, macs_total)}
         if first.form == "lowrank" and first.fqn == first.target:
             return {first.target: self._lowrank(modules[first.target], first, config, macs_total)}
         gate = _gate(config, _width(modules[first.gate_at])[1], entries, macs_total)
@@ -261,6 +281,11 @@ class Acm(Method):
         out, dim = module.weight.shape
         gate = _gate(config, dim, [entry], macs_total)
         return AcmProjections({entry.kind: LowRank(dim, out, entry.bounds)}, gate, (entry.fqn,))
+
+    def _windows(self, modules: dict[str, Any], entry: Any, config: AcmConfig, macs_total: int) -> nn.Module:
+        conv, reader = modules[entry.target], entry.options.get("reader")
+        gate = _gate(config, conv.in_channels, [entry], macs_total)
+        return AcmConv(conv, entry.bounds, gate, (entry.fqn,), reader and Geometry.of(modules[reader]))
 
     def _build_mlp(
         self, modules: dict[str, nn.Module], entry: Any, config: AcmConfig, macs_total: int

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from acmize.padding import rows, watching
+from acmize.windows import AcmConv
 
 Seen = dict[str, tuple[Tensor, Tensor]]
 
@@ -20,7 +21,8 @@ def capture(source: nn.Module, paths: Sequence[str]) -> Iterator[Seen]:
 
     def hook(path: str) -> Any:
         def keep(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[path] = rows(inputs[0].detach(), padding(path)), rows(output.detach(), padding(path))
+            own = None if isinstance(_module, (nn.Conv1d, AcmConv)) else padding(path)  # its time comes last
+            seen[path] = rows(inputs[0].detach(), own), rows(output.detach(), own)
 
         return keep
 
@@ -34,7 +36,12 @@ def capture(source: nn.Module, paths: Sequence[str]) -> Iterator[Seen]:
 
 
 def tokens_of(module: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., D), or (B, D, H, W) where the adaptive module takes channels first -> (M, D), for input and output."""
+    """What the learners of an adaptive module read, and what it gives: (M, D) for each.
+
+    From (..., D), (B, D, H, W) where it takes channels first, or (B, C, L) where it is a convolution.
+    """
+    if isinstance(module, AcmConv):
+        x, y = module.tokens(x), y.mT
     if getattr(module, "channels_first", False):
         x, y = x.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1)
     return x.flatten(0, -2), y.flatten(0, -2)

@@ -190,7 +190,8 @@ def collect_errors(
                 x, gate = inputs[path], adaptive[path].gate
                 pick = pick.to(x.device)
                 errors = torch.cat([_errors(adaptive[f], *seen[f], pick) for f in group], 1)
-                rows.setdefault(gate, []).append((x[pick].cpu(), errors.cpu(), torch.zeros(len(pick), 1)))
+                x = adaptive[path].gate_input(x[pick]).cpu()
+                rows.setdefault(gate, []).append((x, errors.cpu(), torch.zeros(len(pick), 1)))
                 masks.setdefault(gate, []).append(own)
     return {gate: GateData.joined(parts, masks[gate]) for gate, parts in rows.items()}
 
