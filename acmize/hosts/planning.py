@@ -27,7 +27,7 @@ _OUT = ("attn.proj", "o_proj", "out_proj")  # output projections of attention
 _FRAMES: dict[str, Any] = {
     "slope": 1.0, "start": 1.0, "first": (1.0, 0.0), "knees": (0.75, 0.5), "decay": 0.35, "bend": (0.6, 0.8),
 }  # fmt: skip
-_FRONT = 0.5  # of the work of convolutions over time is left out before any frames are merged
+_FRONT = 0.35  # of the work of convolutions over time is left out before any frames are merged (docs/log.md)
 
 
 def example_input(model: nn.Module, batch_size: int = 1) -> torch.Tensor:
