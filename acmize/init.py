@@ -336,8 +336,9 @@ def roots(c: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _linear(layer: Any) -> tuple[Tensor, Tensor]:
-    """Weight (O, D) and bias (O,) of a linear layer or 1x1 convolution, float64."""
-    weight = layer.weight.detach().flatten(1).double()
+    """Weight (O, D) and bias (O,) of a linear layer, 1x1 convolution, or convolution over windows (K * C), float64."""
+    weight = layer.weight.detach().double()
+    weight = (weight.mT if isinstance(layer, nn.Conv1d) else weight).flatten(1)
     bias = layer.bias.detach().double() if layer.bias is not None else weight.new_zeros(len(weight))
     return weight, bias
 

@@ -379,7 +379,7 @@ def _leading(module: AdaptiveModule, x: Tensor, count: int) -> Tensor:
     if module.per_sample:
         return x[:count]
     if isinstance(module, AcmConv):
-        return module.geometry.windows(x).flatten(0, 1)[:count]
+        return module.geometry.windows(x).flatten(0, 1)[:count].mT
     if getattr(module, "channels_first", False):
         return x.movedim(1, -1).flatten(0, -2)[:count, :, None, None]
     return x.flatten(0, -2)[:count]

@@ -1,6 +1,6 @@
 """A strided convolution over time as an ACM: a token is an output frame, what it reads is its window of the input.
 
-    y_t = W x_t = U S V^T C^-1/2 x_t,   x_t (C * K) the window of frame t,   learners cut the rank      (see `init`)
+    y_t = W x_t = U S V^T C^-1/2 x_t,   x_t (K * C) the window of frame t,   learners cut the rank      (see `init`)
 
 What a front end makes of speech has far fewer dimensions than its layers have channels, and least of all in silence.
 
@@ -35,10 +35,10 @@ class Geometry(NamedTuple):
         return cls(conv.kernel_size[0], conv.stride[0], conv.padding[0])
 
     def windows(self, x: Tensor) -> Tensor:
-        """X (B, C, L) -> (B, T, C, K): what each output frame reads."""
+        """X (B, C, L) -> (B, T, K, C): what each output frame reads, a view of one copy of x."""
         if self.pad:
             x = F.pad(x, (self.pad, self.pad))
-        return x.unfold(2, self.kernel, self.stride).transpose(1, 2)
+        return x.mT.contiguous().unfold(1, self.kernel, self.stride).mT
 
 
 def unfit(conv: nn.Conv1d) -> str | None:
@@ -76,15 +76,15 @@ class AcmConv(AdaptiveModule):
     def forward(self, x: Tensor) -> Tensor:
         """X (B, C, L) -> (B, O, T)."""
         seen = self.geometry.windows(x)
-        return self.conv(seen.flatten(-2), self.decide(seen.mean(-1)).group(0)).mT
+        return self.conv(seen.flatten(-2), self.decide(seen.mean(-2)).group(0)).mT
 
     def tokens(self, x: Tensor) -> Tensor:
-        """X (B, C, L) -> (B, T, C * K): what the learners read."""
+        """X (B, C, L) -> (B, T, K * C): what the learners read."""
         return self.geometry.windows(x).flatten(-2)
 
     def gate_input(self, x: Tensor) -> Tensor:
-        """X (M, C * K) windows -> (M, C): what the gate reads of them."""
-        return x.unflatten(-1, (-1, self.geometry.kernel)).mean(-1)
+        """X (M, K * C) windows -> (M, C): what the gate reads of them."""
+        return x.unflatten(-1, (self.geometry.kernel, -1)).mean(-2)
 
     def valid(self, x: Tensor) -> Tensor | None:
         """X (B, T, C) -> (B, T): the frames that a real frame of the blocks depends on."""
@@ -102,5 +102,5 @@ class AcmConv(AdaptiveModule):
         return self.conv.masked(self.tokens(x), decision.group(0)).mT
 
     def all_choices(self, x: Tensor) -> list[Tensor]:
-        """X (M, C * K) windows -> one (M, N + 1, O): the output of every choice."""
+        """X (M, K * C) windows -> one (M, N + 1, O): the output of every choice."""
         return [self.conv.all_choices(x)]

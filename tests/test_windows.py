@@ -57,7 +57,7 @@ def made(dense: nn.Module, x: Tensor, num_learners: int = 4) -> tuple[Any, Plan]
 def test_windows_are_what_a_convolution_reads(named: str) -> None:
     conv, x = nn.Conv1d(12, 24, **CONVS[named]), torch.randn(2, 12, 31)
     read = Geometry.of(conv).windows(x)
-    found = F.linear(read.flatten(-2), conv.weight.flatten(1), conv.bias).mT
+    found = F.linear(read.flatten(-2), conv.weight.mT.flatten(1), conv.bias).mT
     torch.testing.assert_close(found, conv(x), rtol=0, atol=1e-5)
 
 
