@@ -76,6 +76,8 @@ class AcmConv(AdaptiveModule):
     def forward(self, x: Tensor) -> Tensor:
         """X (B, C, L) -> (B, O, T)."""
         seen = self.geometry.windows(x)
+        if torch.compiler.is_compiling():  # a program for any length may not ask how a view lies in memory
+            seen = seen.contiguous()
         return self.conv(seen.flatten(-2), self.decide(seen.mean(-2)).group(0)).mT
 
     def tokens(self, x: Tensor) -> Tensor:
