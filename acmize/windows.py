@@ -9,7 +9,7 @@ Shapes: B samples, C channels, L input frames, K taps, T output frames, O output
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +29,16 @@ class Geometry(NamedTuple):
     pad: int
 
     @classmethod
-    def of(cls, conv: nn.Conv1d) -> Geometry:
-        """That of a convolution in which `unfit` finds nothing."""
-        assert not isinstance(conv.padding, str), "see `unfit`"
-        return cls(conv.kernel_size[0], conv.stride[0], conv.padding[0])
+    def of(cls, conv: Any) -> Geometry:
+        """That of a convolution in which `unfit` finds nothing.
+
+        Raises:
+            RuntimeError: it is none.
+        """
+        reason = unfit(conv) if type(conv) is nn.Conv1d else f"a {type(conv).__name__}, expected nn.Conv1d"
+        if reason is not None:
+            raise RuntimeError(reason)
+        return cls(conv.kernel_size[0], conv.stride[0], int(conv.padding[0]))
 
     def windows(self, x: Tensor) -> Tensor:
         """X (B, C, L) -> (B, T, K, C): what each output frame reads, a view of one copy of x."""

@@ -138,3 +138,13 @@ def test_frames_that_only_padding_reads_run_no_learner(length: int) -> None:
     assert second[0] == seen.per_token["model.encoder.conv2"].shape[1]  # the whole of the longest
     assert real["frames"][1] < real["frames"][0]
     torch.testing.assert_close(found, forward(dense, batch).logits, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("reader", ["head", "nowhere", ["conv"], 3])
+def test_a_plan_that_names_no_convolution_as_the_reader_is_refused(reader: Any) -> None:
+    dense = Front(kernel_size=3)
+    _, plan = made(dense, torch.randn(2, 12, 9))
+    d = plan.to_dict()
+    d["entries"][0]["options"]["reader"] = reader
+    with pytest.raises(AcmizeError, match="does not fit the plan"):
+        convert_(dense, Plan.from_dict(d))

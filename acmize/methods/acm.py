@@ -285,7 +285,8 @@ class Acm(Method):
     def _windows(self, modules: dict[str, Any], entry: Any, config: AcmConfig, macs_total: int) -> nn.Module:
         conv, reader = modules[entry.target], entry.options.get("reader")
         gate = _gate(config, conv.in_channels, [entry], macs_total)
-        return AcmConv(conv, entry.bounds, gate, (entry.fqn,), reader and Geometry.of(modules[reader]))
+        read_by = None if reader is None else Geometry.of(modules[str(reader)])
+        return AcmConv(conv, entry.bounds, gate, (entry.fqn,), read_by)
 
     def _build_mlp(
         self, modules: dict[str, nn.Module], entry: Any, config: AcmConfig, macs_total: int
