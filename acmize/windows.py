@@ -2,7 +2,7 @@
 
     y_t = W x_t = U S V^T C^-1/2 x_t,   x_t (K * C) the window of frame t,   learners cut the rank      (see `init`)
 
-What a front end makes of speech has far fewer dimensions than its layers have channels, and least of all in silence.
+What a front end makes of speech has far fewer dimensions than its layers have channels.
 
 Shapes: B samples, C channels, L input frames, K taps, T output frames, O output channels, N learners.
 """
