@@ -245,13 +245,13 @@ def mean_choices(seen: Recorder, plan: Plan, sample: int, trace: Sequence[Tensor
     if not plan.entries:
         return torch.stack([1 / held_together(holder) for holder in holders]).mean(0).cpu()
     shares: list[Tensor] = []
-    for e in sorted(plan.entries, key=lambda e: e.form == "windows"):
+    for e in sorted(plan.entries, key=lambda e: e.own_frames):
         choice = seen.per_token[e.fqn][sample]
         share = choice[choice >= 0] / e.num_learners
         block = plan.merging.block_of(e.fqn) if plan.merging is not None and holders else None
         if block is not None:
             share = share[holders[block]] / held_together(holders[block])
-        if shares and e.form == "windows":
+        if shares and e.own_frames:
             share = F.adaptive_avg_pool1d(share[None], len(shares[0]))[0]
         if not shares or len(share) == len(shares[0]):
             shares.append(share)

@@ -145,6 +145,11 @@ class PlanEntry:
         return len(self.learner_macs)
 
     @property
+    def own_frames(self) -> bool:
+        """Whether its tokens are frames of its own, in front of the blocks, which no merging makes fewer."""
+        return self.form == "windows"
+
+    @property
     def max_macs(self) -> int:
         """MACs a sample with every learner, gate included."""
         return self.tokens * (sum(self.learner_macs) + self.gate_macs)
@@ -153,6 +158,11 @@ class PlanEntry:
     def min_macs(self) -> int:
         """MACs a sample with the fewest learners, gate included."""
         return self.tokens * (sum(self.learner_macs[: self.min_choice]) + self.gate_macs)
+
+
+def counted_entry(entries: Sequence[PlanEntry]) -> PlanEntry:
+    """The entry whose tokens are the length of a recording: the first on the frames of the blocks, if there is one."""
+    return next((e for e in entries if not e.own_frames), entries[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,12 +354,10 @@ class Plan:
         if self.length_macs is None:
             return executed + self.macs_rest(schedule), zero + self.macs_dense
         constant, linear, square = self.length_macs
-        own = {e.fqn for e in self.entries if e.form == "windows"}  # sites with frames of their own
-        other = [e for e in self.entries if e.fqn not in own]
-        length = zero + (tokens[""] if "" in tokens else tokens[(other or self.entries)[0].fqn])
+        length = zero + (tokens[""] if "" in tokens else tokens[counted_entry(self.entries).fqn])
         dense = constant + linear * length + square * length**2
-        rest = dense - length * sum(e.macs // e.tokens for e in other)
-        rest = rest - sum(tokens[e.fqn] * (e.macs // e.tokens) for e in self.entries if e.fqn in own)
+        rest = dense - length * sum(e.macs // e.tokens for e in self.entries if not e.own_frames)
+        rest = rest - sum(tokens[e.fqn] * (e.macs // e.tokens) for e in self.entries if e.own_frames)
         if self.merging is not None and any(schedule):
             rest = rest - zero.new_tensor([self._saved_at(round(n), schedule) for n in length.tolist()])
         return executed + rest, dense
@@ -390,7 +398,7 @@ class Plan:
         schedule = self.schedule(budget)
         assert self.merging is not None
         share = sum(self.merging.counts(schedule)) / (self.merging.tokens * self.merging.blocks)
-        sites = sum(e.min_macs * (1 if e.form == "windows" else share) for e in self.entries)
+        sites = sum(e.min_macs * (1 if e.own_frames else share) for e in self.entries)
         return (self.macs_rest(schedule) + sites) / self.macs_dense
 
     def check_budget(self, budget: float) -> None:

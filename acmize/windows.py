@@ -81,17 +81,18 @@ class AcmConv(AdaptiveModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """X (B, C, L) -> (B, O, T)."""
-        seen = self.geometry.windows(x)
-        if torch.compiler.is_compiling():  # a program for any length may not ask how a view lies in memory
-            seen = seen.contiguous()
-        return self.conv(seen.flatten(-2), self.decide(seen.mean(-2)).group(0)).mT
+        read = self.tokens(x)
+        return self.conv(read, self.decide(self.gate_input(read)).group(0)).mT
 
     def tokens(self, x: Tensor) -> Tensor:
         """X (B, C, L) -> (B, T, K * C): what the learners read."""
-        return self.geometry.windows(x).flatten(-2)
+        seen = self.geometry.windows(x)
+        if torch.compiler.is_compiling():  # a program for any length may not ask how a view lies in memory
+            seen = seen.contiguous()
+        return seen.flatten(-2)
 
     def gate_input(self, x: Tensor) -> Tensor:
-        """X (M, K * C) windows -> (M, C): what the gate reads of them."""
+        """X (..., K * C) windows -> (..., C): what the gate reads of them."""
         return x.unflatten(-1, (self.geometry.kernel, -1)).mean(-2)
 
     def valid(self, x: Tensor) -> Tensor | None:

@@ -12,6 +12,7 @@ from tiny import Random
 from tiny_speech import HOSTS, inputs_for
 from torch import Tensor, nn
 
+from acmize.cost import count_macs
 from acmize.errors import AcmizeError
 from acmize.gates import choosing, full_width
 from acmize.hosts import make_plan
@@ -138,6 +139,28 @@ def test_frames_that_only_padding_reads_run_no_learner(length: int) -> None:
     assert second[0] == seen.per_token["model.encoder.conv2"].shape[1]  # the whole of the longest
     assert real["frames"][1] < real["frames"][0]
     torch.testing.assert_close(found, forward(dense, batch).logits, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("others", [(), ("*feed_forward",)])
+@pytest.mark.parametrize("name", ["wavlm", "wav2vec2"])
+@torch.no_grad()
+def test_macs_of_any_length_beside_a_named_convolution(name: str, others: tuple[str, ...]) -> None:
+    """A front end's frames are more than the blocks'; the plan's length is one of them, the same one everywhere."""
+    dense = HOSTS[name]()
+    (path,) = (p for p, _ in dense.named_modules() if p.endswith("conv_layers.0.conv"))
+    wanted = (f"{path}:linear", *others)
+    plan = make_plan(dense, AcmConfig(num_learners=2, gate_hidden=1), target_modules=wanted, merge="none")
+    assert [e.own_frames for e in plan.entries] == [True, *(False for _ in plan.entries[1:])]
+    assert (len(plan.entries) > 1) == bool(others)
+    batch = inputs_for(dense, (5_321,))
+    model = convert_(copy.deepcopy(dense), plan)
+    with record(model, 1) as seen, choosing(model, full_width):
+        forward(model, batch)
+    counted = count_macs(dense, batch)
+    spent, whole = plan.account(seen.executed(), seen.tokens)
+    assert whole.item() == pytest.approx(counted, rel=5e-3)
+    more = sum(seen.tokens[e.fqn] * (sum(e.learner_macs) + e.gate_macs - e.macs // e.tokens) for e in plan.entries)
+    assert spent.item() == pytest.approx(counted + more, rel=5e-3)
 
 
 @pytest.mark.parametrize("reader", ["head", "nowhere", ["conv"], 3])

@@ -16,7 +16,7 @@ from acmize.errors import AcmizeError
 from acmize.hosts.sites import check_declared, parse_targets, sites_of, unfit, within
 from acmize.inputs import Inputs
 from acmize.methods.token_merging import Blocks, labels_frames, mergeable
-from acmize.plan import Merging, Plan, PlanEntry, Refusal, Site
+from acmize.plan import Merging, Plan, PlanEntry, Refusal, Site, counted_entry
 from acmize.registry import Refused, method_for
 
 _BY_BUDGET = ("auto", "budget")  # merges follow the budget
@@ -137,9 +137,10 @@ def make_plan(
     entries = _complete(model, modules, drafts, inputs, work)
     scope = _scope(model, entries) if speech else ""
     macs = _macs_of(model, scope, inputs)
-    lengths = _length_macs(model, scope, _counted(model, entries, blocks)) if speech else None
+    merges = merge not in ("none", 0)
+    lengths = _length_macs(model, scope, _counted(model, entries, blocks, merges)) if speech else None
     merging = None
-    if merge not in ("none", 0):
+    if merges:
         if isinstance(blocks, Blocks):
             merging = _merging(model, blocks, entries, macs, merge, inputs, lengths)
         elif merge == "auto":
@@ -175,11 +176,11 @@ def _macs_of(model: nn.Module, scope: str, inputs: tuple[Any, ...]) -> int:
     return count_macs(model.get_submodule(scope), inputs[0].without(*hosts_speech.DECODER_INPUTS))
 
 
-def _counted(model: nn.Module, entries: tuple[PlanEntry, ...], blocks: Blocks | str) -> str:
-    """A linear layer that sees every frame."""
-    if isinstance(blocks, Blocks):
+def _counted(model: nn.Module, entries: tuple[PlanEntry, ...], blocks: Blocks | str, merges: bool) -> str:
+    """A layer that sees as many frames as `Plan.account` takes for the length of a recording."""
+    if isinstance(blocks, Blocks) and (merges or not counted_entry(entries).own_frames):
         return _out_layer(model, blocks)
-    first = entries[0]
+    first = counted_entry(entries)
     return first.roles["fc1"] if first.kind == "mlp" else first.target
 
 
@@ -239,7 +240,7 @@ def _merging(
         lengths=lengths or Merging.lengths,
     )
     if entries:
-        front = sum(e.macs for e in entries if e.form == "windows") / macs
+        front = sum(e.macs for e in entries if e.own_frames) / macs
         return replace(merging, start=merging.start - _FRONT * front)
     return replace(merging, slope=1.0, start=1.0, bend=(0.0, 1.0))  # nothing else saves the rest
 

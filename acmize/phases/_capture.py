@@ -20,8 +20,8 @@ def capture(source: nn.Module, paths: Sequence[str]) -> Iterator[Seen]:
     seen: Seen = {}
 
     def hook(path: str) -> Any:
-        def keep(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            own = None if isinstance(_module, (nn.Conv1d, AcmConv)) else padding(path)  # its time comes last
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            own = None if isinstance(module, (nn.Conv1d, AcmConv)) else padding(path)  # its time comes last
             seen[path] = rows(inputs[0].detach(), own), rows(output.detach(), own)
 
         return keep
