@@ -10,15 +10,18 @@ which is the Gauss-Newton measure of METHODS, (sum_u g_u (z_u - mu_u))^2 summed 
 dL/dkeep[n] = g . s_n(x) for every kind of site. One backward pass a drawn class; all k at once by a reversed
 cumulative sum. Nothing here knows a method by name.
 
+With several processes, whole batches are dealt out in turns, and each gate's rows go to the process that fits it.
+Nothing depends on how many there are, not even by rounding: a choice that falls otherwise changes a damage by more.
+
 Shapes: B samples, M tokens, D input width, G groups of a gate, N learners.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,54 +30,75 @@ from torch import Tensor, nn
 from acmize import parallel
 from acmize.environment import release_memory
 from acmize.errors import AcmizeError
-from acmize.gates import Choose, Gate, choosing
+from acmize.gates import Choose, Gate, choosing, gates_of
 from acmize.inputs import Batch, counted, forward, logits_of
 from acmize.recording import AdaptiveModule, record
+
+Parts = tuple[Tensor, Tensor, Tensor]  # x, damage, dial
+Sizes = tuple[
+    Tensor, list[tuple[int, int]]
+]  # probabilities (rows, classes); tokens of each gate, and how many are kept
 
 
 @dataclass
 class GateData:
     """What one gate is fitted on: `x` (M, D) its inputs, `damage` (M, G, N), `dial` (M, 1) where the dial stood.
 
-    With several processes these are the rows that this one collected, and `place` says where each of all rows lies in
-    them, -1 where with another process.
+    With several processes `owner` has all rows; the others have none, and `count` tells them how many there are.
     """
 
     x: Tensor
     damage: Tensor
     dial: Tensor
-    place: Tensor | None = None
+    owner: int = 0
+    count: int | None = None
 
     def __len__(self) -> int:
-        return len(self.x) if self.place is None else len(self.place)
+        return len(self.x) if self.count is None else self.count
+
+    @property
+    def here(self) -> bool:
+        """Whether this process has the rows."""
+        return self.owner == parallel.rank()
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """This process's rows among `count` drawn from those of all."""
-        drawn = torch.randint(len(self), (min(count, len(self)),), generator=generator)
-        if self.place is None:
-            return drawn
-        here = self.place[drawn]
-        return here[here >= 0]
-
-    @classmethod
-    def joined(cls, parts: Sequence[tuple[Tensor, Tensor, Tensor]], own: Sequence[Tensor]) -> GateData:
-        """From batches of (x, damage, dial), and masks of which of all rows were this process's."""
-        x, damage, dial = (torch.cat(each) for each in zip(*parts, strict=True))
-        mask = torch.cat(list(own))
-        place = None if parallel.processes() == 1 else (mask.cumsum(0) - 1).masked_fill(~mask, -1)
-        return cls(x, damage, dial, place)
+        """Places of `count` rows, drawn alike by every process."""
+        return torch.randint(len(self), (min(count, len(self)),), generator=generator)
 
 
-@dataclass
-class _Rows:
-    dtype: torch.dtype
-    x: list[Tensor] = field(default_factory=list)
-    damage: list[Tensor] = field(default_factory=list)
-    dial: list[Tensor] = field(default_factory=list)
-    own: list[Tensor] = field(default_factory=list)
+class GateRows:
+    """The rows of every gate, at the process that owns it, in the order of the batches that `in_turns` dealt out."""
 
-    def joined(self) -> GateData:
-        return GateData.joined(list(zip(self.x, self.damage, self.dial, strict=True)), self.own)
+    def __init__(self, model: nn.Module) -> None:
+        self._gates = gates_of(model)
+        self._owners = parallel.owners([sum(p.numel() for p in gate.parameters()) for gate in self._gates])
+        self._number = {gate: i for i, gate in enumerate(self._gates)}
+        self._here: dict[int, list[Parts]] = {}
+        self._found: dict[int, int] = {}
+
+    def add(self, found: Sequence[tuple[Gate, Parts]]) -> None:
+        """What this process found in a turn; every process calls it in every turn."""
+        sent: list[list[tuple[int, Parts]]] = [[] for _ in range(parallel.processes())]
+        for gate, parts in found:
+            number = self._number[gate]
+            sent[self._owners[number]].append((number, parts))
+            self._found[number] = self._found.get(number, 0) + len(parts[0])
+        for came in parallel.exchanged(sent):
+            for number, parts in came:
+                self._here.setdefault(number, []).append(parts)
+
+    def joined(self) -> dict[Gate, GateData]:
+        """Gates in the order in which they were met, on every process; the rows are given away, being gigabytes."""
+        counts: dict[int, int] = {}
+        for found in parallel.gather_objects([self._found]):
+            for number, count in found.items():
+                counts[number] = counts.get(number, 0) + count
+        return {self._gates[number]: self._data(number, count) for number, count in counts.items()}
+
+    def _data(self, number: int, count: int) -> GateData:
+        none = torch.empty(0)
+        x, damage, dial = zip(*self._here.pop(number, [(none, none, none)]), strict=True)
+        return GateData(torch.cat(x), torch.cat(damage), torch.cat(dial), self._owners[number], count)
 
 
 def collect_damage(
@@ -105,72 +129,120 @@ def collect_damage(
     Returns:
         gate -> its inputs and damages, on the CPU; damages in float32, inputs too or in bfloat16.
     """
-    rows: dict[Gate, _Rows] = defaultdict(partial(_Rows, torch.bfloat16 if keep_bf16 else torch.float32))
+    rows = GateRows(model)
+    kept = torch.bfloat16 if keep_bf16 else torch.float32
+    draw = partial(_drawn, draws=draws, generator=generator)
+    probed = partial(_Probe.of, model, teacher, choose=choose, bf16=bf16)
     training = model.training
     frozen = [p for p in model.parameters() if p.requires_grad]
     model.eval()
     for p in frozen:
         p.requires_grad_(False)
     try:
-        for whole in batches:
-            with (
-                parallel.rows_of(whole).counted() as batch,
-                torch.autocast(batch.device.type, torch.bfloat16, enabled=bf16),
-            ):
-                with torch.no_grad():
-                    probabilities = counted(logits_of(forward(teacher, batch)), batch).float().softmax(-1)
-                if parallel.any_of(not probabilities.isfinite().all(), probabilities.device):
-                    raise AcmizeError("found outputs of the dense model that are not finite; check weights and data")
-                drawn = _drawn(probabilities, draws, generator)
-                _one_batch(model, batch, len(whole), drawn, choose, generator, keep_tokens, rows)
+        for batch in parallel.in_turns(batches):
+            rows.add(_one_batch(batch, probed, draw, keep_tokens, kept))
             if keep_bf16:  # gigabytes of activations are gone, but rows that are kept lie between them
                 release_memory()
     finally:
         model.train(training)
         for p in frozen:
             p.requires_grad_(True)
-    return {gate: rows.pop(gate).joined() for gate in list(rows)}  # one after the other: they are gigabytes
-
-
-def _drawn(probabilities: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """(rows, draws) classes; drawn for the rows of all processes, so that they do not depend on whose they are."""
-    ((before, _),) = parallel.offsets([len(probabilities)], probabilities.device)
-    before = 0 if parallel.idle() else before  # the sample that is run for company is the first
-    drawn = torch.multinomial(parallel.gather(probabilities).cpu(), draws, replacement=True, generator=generator)
-    return drawn[before:][: len(probabilities)].to(probabilities.device)
+    return rows.joined()
 
 
 def _one_batch(
-    model: nn.Module,
-    batch: Batch,
-    samples: int,
-    drawn: Tensor,
-    choose: Choose | None,
-    generator: torch.Generator,
+    batch: Batch | None,
+    probed: Callable[[Batch], _Probe],
+    draw: Callable[[Sizes], tuple[Tensor, list[Tensor]]],
     keep_tokens: float,
-    rows: dict[Gate, _Rows],
-) -> None:
-    with torch.enable_grad(), choosing(model, choose, probe=True), record(model, len(batch), keep_inputs=True) as seen:
-        logits = counted(logits_of(forward(model, batch)), batch).float()
-        keeps = [decision.keep for _, _, decision in seen.seen if decision.keep is not None]
-        damages: list[Tensor | float] = [0.0] * len(keeps)
-        for r in range(drawn.shape[1]):
-            loss = F.cross_entropy(logits, drawn[:, r], reduction="sum")
-            grads = torch.autograd.grad(loss, keeps, retain_graph=r + 1 < drawn.shape[1])
-            for i, grad in enumerate(grads):
+    kept: torch.dtype,
+) -> list[tuple[Gate, Parts]]:
+    """What this process finds in a turn."""
+    if batch is None:
+        parallel.in_order(None, draw)
+        return []
+    probe = probed(batch)
+    return probe.rows(*parallel.in_order(probe.sizes(keep_tokens), draw), kept)
+
+
+def _drawn(sizes: Sizes, draws: int, generator: torch.Generator) -> tuple[Tensor, list[Tensor]]:
+    """Classes (rows, draws) of a batch, and places of the tokens that are kept, for each gate."""
+    probabilities, tokens = sizes
+    if not probabilities.isfinite().all():
+        raise AcmizeError("found outputs of the dense model that are not finite; check weights and data")
+    classes = torch.multinomial(probabilities, draws, replacement=True, generator=generator)
+    return classes, [torch.randperm(count, generator=generator)[:kept] for count, kept in tokens]
+
+
+@dataclass
+class _Probe:
+    """A batch of `samples` run forward, with the multipliers of the learners as leaves.
+
+    Attributes:
+        probabilities: (rows, classes) the dense model's softmax, on the CPU.
+        logits: (rows, classes) of the model.
+        keeps: a gate's multipliers (..., G, N), for each module that decided.
+        valid: which tokens are real, likewise; None where all are.
+        inputs: module and its real tokens (M, D), likewise.
+    """
+
+    samples: int
+    probabilities: Tensor
+    logits: Tensor
+    keeps: list[Tensor]
+    valid: list[Tensor | None]
+    inputs: list[tuple[AdaptiveModule, Tensor]]
+
+    @classmethod
+    def of(cls, model: nn.Module, teacher: nn.Module, batch: Batch, choose: Choose | None, bf16: bool) -> _Probe:
+        """Run both models."""
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=bf16):
+            with torch.no_grad():
+                probabilities = counted(logits_of(forward(teacher, batch)), batch).float().softmax(-1)
+            with (
+                torch.enable_grad(),
+                choosing(model, choose, probe=True),
+                record(model, samples=len(batch), keep_inputs=True) as recorder,
+            ):
+                logits = counted(logits_of(forward(model, batch)), batch).float()
+        seen = [(module, x, d.keep, d.valid) for module, x, d in recorder.seen]
+        return cls(
+            samples=len(batch),
+            probabilities=probabilities.cpu(),
+            logits=logits,
+            keeps=[keep for _, _, keep, _ in seen if keep is not None],
+            valid=[valid for _, _, _, valid in seen],
+            inputs=[(module, _real(x.detach(), valid).flatten(0, -2)) for module, x, _, valid in seen],
+        )
+
+    def sizes(self, keep_tokens: float) -> Sizes:
+        """What random numbers are drawn by; a share of the tokens is kept, one a sample at least."""
+        counts = [len(x) for _, x in self.inputs]
+        shares = [min(max(keep_tokens, self.samples / count), 1.0) for count in counts]
+        return self.probabilities, [(n, max(1, round(share * n))) for n, share in zip(counts, shares, strict=True)]
+
+    def rows(self, classes: Tensor, picks: list[Tensor], kept: torch.dtype) -> list[tuple[Gate, Parts]]:
+        """Of the picked tokens, for each gate."""
+        found: list[tuple[Gate, Parts]] = []
+        damages = self._damages(classes.to(self.logits.device))
+        for (module, x), damage, valid, pick in zip(self.inputs, damages, self.valid, picks, strict=True):
+            gate, pick = module.gate, pick.to(x.device)
+            damage = _real(damage, valid).flatten(0, -3)[pick].float().cpu()
+            dial = torch.full((len(pick), 1), float(gate.dial))  # a copy: the next batch may be run at another one
+            found.append((gate, (x[pick].to(kept).cpu(), damage, dial)))
+        return found
+
+    def _damages(self, classes: Tensor) -> list[Tensor]:
+        """The mean over the drawn classes (rows, draws), for each module that decided."""
+        damages: list[Any] = [0.0] * len(self.keeps)
+        for r in range(classes.shape[1]):
+            loss = F.cross_entropy(self.logits, classes[:, r], reduction="sum")
+            for i, grad in enumerate(torch.autograd.grad(loss, self.keeps, retain_graph=r + 1 < classes.shape[1])):
                 left_out = grad.flip(-1).cumsum(-1).flip(-1)
-                damages[i] = damages[i] + left_out.square() / drawn.shape[1]
-    found: list[tuple[AdaptiveModule, Tensor, Tensor]] = []
-    for (module, x, decision), damage in zip(seen.seen, damages, strict=True):
-        real = slice(None) if decision.valid is None else decision.valid
-        x, damage = x.detach()[real].flatten(0, -2), damage[real].flatten(0, -3)  # pyright: ignore[reportIndexIssue]
-        found.append((module, x, damage))
-    places = parallel.offsets([len(x) for _, x, _ in found], batch.device)
-    for (module, x, damage), (before, everything) in zip(found, places, strict=True):
-        count = max(1, round(min(max(keep_tokens, samples / everything), 1.0) * everything))
-        pick, own = parallel.places(torch.randperm(everything, generator=generator)[:count], before, len(x))
-        into, pick = rows[module.gate], pick.to(x.device)
-        into.x.append(x[pick].to(into.dtype).cpu())
-        into.damage.append(damage[pick].float().cpu())
-        into.dial.append(module.gate.dial.float().cpu().expand(len(pick), 1))
-        into.own.append(own)
+                damages[i] = damages[i] + left_out.square() / classes.shape[1]
+        return damages
+
+
+def _real(x: Tensor, valid: Tensor | None) -> Tensor:
+    """Without padded tokens."""
+    return x if valid is None else x[valid]

@@ -11,7 +11,7 @@ Processes come from a launcher (`torchrun`, `accelerate launch`); accelerate joi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -93,10 +93,15 @@ def wait() -> None:
 
 def from_main(value: Any) -> Any:
     """A picklable value of this program, as the main process has it."""
+    return from_owner(value, 0)
+
+
+def from_owner(value: Any, owner: int) -> Any:
+    """The same, as its owner has it."""
     if processes() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=owner)
     return box[0]
 
 
@@ -193,6 +198,16 @@ def spread(batches: Iterable[Any]) -> Iterator[Any]:
     return islice(batches, rank(), None, processes())
 
 
+def in_turns(batches: Iterable[Any]) -> Iterator[Any]:
+    """As `spread`, where processes wait for each other in every turn: None where the last has none for this one."""
+    number = -1
+    for number, batch in enumerate(batches):
+        if number % processes() == rank():
+            yield batch
+    if number % processes() < rank():
+        yield None
+
+
 def subset(data: Any) -> Any:
     """This process's contiguous share of a set that is indexed; what it yields, `gather` puts together in order."""
     if processes() == 1:
@@ -265,6 +280,25 @@ def gather_objects(values: Sequence[Any]) -> list[Any]:
     parts: list[Any] = [None] * processes()
     dist.all_gather_object(parts, list(values))
     return [value for part in parts for value in part]
+
+
+def in_order(own: Any, draw: Callable[[Any], Any]) -> Any:
+    """What `draw` makes of this process's value, called with all that are not None, in the order of the processes.
+
+    So that one generator gives each the same numbers, whoever has it.
+    """
+    made = [None if value is None else draw(value) for value in gather_objects([own])]
+    return made[0 if processes() == 1 else rank()]
+
+
+def exchanged(values: Sequence[Any]) -> list[Any]:
+    """Of `values`, one for each process, every process gets its own: what came, in the order of the senders."""
+    if processes() == 1:
+        return list(values)
+    came: list[Any] = [None] * processes()
+    for owner, value in enumerate(values):
+        dist.gather_object(value, came if owner == rank() else None, dst=owner)
+    return came
 
 
 def total(x: Tensor) -> Tensor:
@@ -346,7 +380,7 @@ def from_owner_(module: nn.Module, owner: int) -> None:
 
 
 __all__ = [
-    "Rows", "any_of", "apart", "from_main", "from_owner_", "gather", "gather_objects", "idle", "in_step", "is_main",
-    "join", "mean", "offsets", "owners", "part", "placed", "places", "processes", "rank", "rows_of", "spread", "subset",
-    "to_owner", "total", "total_", "variance", "wait",
+    "Rows", "any_of", "apart", "exchanged", "from_main", "from_owner", "from_owner_", "gather", "gather_objects",
+    "idle", "in_order", "in_step", "in_turns", "is_main", "join", "mean", "offsets", "owners", "part", "placed",
+    "places", "processes", "rank", "rows_of", "spread", "subset", "to_owner", "total", "total_", "variance", "wait",
 ]  # fmt: skip

@@ -3,12 +3,13 @@
 Command:   python recipes/two_processes.py --output runs/two --limit 60
            python recipes/two_processes.py --output runs/two --limit 60 --by-site --shard
            python recipes/two_processes.py --output runs/two_fsdd --limit 120 --speech runs/fsdd_wav2vec2/dense-0
+           python recipes/two_processes.py --output runs/two_each --limit 60 --each
            python recipes/two_processes.py --smoke            the packaged digits model
 Shows:     DeiT-Tiny, or a small wav2vec2 that fsdd_wav2vec2.py trained, all three phases, one epoch: for each phase the
            largest difference of a logged loss between one process and two (absolute, and relative to the loss), of a
            realised budget, and of the KL to the dense model.
-           AdamW makes steps of rounding where a gradient is next to zero, so these grow with the steps; the tests
-           compare without it.
+           AdamW makes steps of rounding where a gradient is next to zero, so these grow with the steps, and from
+           phase to phase; with --each, two processes begin every phase where one process began it.
 Data:      `imagenet_mini`, or FSDD with --speech; --limit a split.
 Seed:      0.
 Hardware:  CPU, processes of one thread (gloo).
@@ -29,7 +30,8 @@ import torch
 
 from acmize import parallel
 from acmize.api import convert
-from acmize.checkpoint import read_json, write_json
+from acmize.checkpoint import load_tensors, read_json, save_tensors, write_json
+from acmize.conversion import Conversion
 from acmize.models import load_model
 from acmize.phases import distill, finetune, pretrain_gates
 from acmize.recipe import resolve
@@ -52,6 +54,8 @@ def worker(args: Any, options: dict[str, Any], out: Path) -> None:
 
     for phase in PHASES:
         phase.fit = logging(phase.fit)
+    if args.each:
+        begin_alike(args.output / "stages")
     own = {"distill": {"epochs": 1, "by_site": args.by_site}, "train": {"epochs": 1, "shard": args.shard}}
     recipe = resolve(options, {"batch_size": 16, "budget": 0.5, "budgets": (0.75, 0.5)}, own)
     if args.speech is None:
@@ -64,11 +68,26 @@ def worker(args: Any, options: dict[str, Any], out: Path) -> None:
         write_json(out, {"logs": logs, "rows": rows, "seconds": made.recipe["seconds"]})
 
 
+def begin_alike(folder: Path) -> None:
+    """One process keeps what each stage leaves; several go on from that in place of their own."""
+    plain = Conversion.stage
+
+    def stage(job: Conversion, name: str, run: Any) -> None:
+        plain(job, name, run)
+        if parallel.processes() > 1:
+            job.model.load_state_dict(load_tensors(folder / f"{name}.safetensors"))
+        else:
+            save_tensors(folder / f"{name}.safetensors", job.model.state_dict())
+
+    Conversion.stage = stage
+
+
 def main() -> None:
     """Run both and print the differences."""
     parser = common.parser(__doc__ or "", __file__)
     parser.add_argument("--by-site", action="store_true", help="phase 1 with sites divided")
     parser.add_argument("--shard", action="store_true", help="phase 3 with weights divided")
+    parser.add_argument("--each", action="store_true", help="both begin each phase from the same weights")
     parser.add_argument("--speech", type=Path, help="folder of a speech model of 8 kHz")
     parser.add_argument("--worker", type=Path, help=common.argparse.SUPPRESS)
     args = parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from acmize.damage import collect_damage
 from acmize.decision import Decision
-from acmize.gates import Gate, choosing, full_width, gates_of
+from acmize.gates import Gate, choosing, full_width, gates_of, set_dial
 from acmize.losses import gamma_deviance
 from acmize.phases.pretrain_gates import fit_damage_gates
 
@@ -130,6 +131,24 @@ def test_small_cuts_change_the_loss_as_predicted() -> None:
         slope = (losses[0] - losses[1]) / (2 * eps)
         # the kept rows are in a drawn order: the predicted damage of that token is among them
         assert (data[gate].damage[:, 0, 2].sqrt() - abs(slope)).abs().min() < 2e-3 * max(1.0, abs(slope))
+
+
+def test_a_row_knows_where_the_dial_stood() -> None:
+    """Batches are run at different budgets, and gates are told at which."""
+    dense: Any = vit()
+    model: Any = adapted(dense)[0]
+    dials = (0.25, 0.5, 0.75)
+
+    def batches() -> Iterator[Tensor]:
+        for dial in dials:
+            set_dial(model, dial)
+            yield images(2, seed=4)
+
+    options: dict[str, Any] = {"choose": None, "generator": torch.Generator().manual_seed(0), "draws": 1}
+    for rows in collect_damage(model, dense, batches(), **options).values():
+        told = rows.dial[:, 0].tolist()
+        assert set(told) == set(dials)
+        assert told == sorted(told)
 
 
 def test_it_needs_no_labels_and_leaves_the_models_alone() -> None:

@@ -67,6 +67,11 @@ def test_two_processes_end_as_one(case: str, folder: Path) -> None:
         assert mine["kl"] == pytest.approx(theirs["kl"], abs=1e-3)
         assert mine["sites"] == pytest.approx(theirs["sites"], abs=0.02)
     assert weights.keys() == others.keys()
+    if case in worker.EXACT:
+        assert {name: rows[-1]["loss"] for name, rows in one["logs"].items()} == pytest.approx(
+            {name: rows[-1]["loss"] for name, rows in two["logs"].items()}, rel=1e-6
+        )  # a sum over gates
+        assert [name for name, weight in weights.items() if not torch.equal(weight, others[name])] == []
     for name, weight in weights.items():
         torch.testing.assert_close(others[name], weight, atol=2e-3, rtol=1e-2, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -88,6 +93,9 @@ def test_every_row_and_every_whole_batch_has_one_process(count: int, monkeypatch
         monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
         parts += range(count)[parallel.part(count)]
         mine = [batch.tolist() for batch in parallel.spread(batches)]
+        turns = list(parallel.in_turns(batches))
+        assert len(turns) == -(-len(batches) // 4), "every process is there in every turn"
+        assert [batch.tolist() for batch in turns if batch is not None] == mine
         assert len(batches) // 4 <= len(mine) <= -(-len(batches) // 4)
         dealt += mine
     assert parts == list(range(count))
@@ -139,6 +147,8 @@ def test_one_process_is_plain() -> None:
     assert torch.equal(parallel.mean(x, (0,)), x.mean(0))
     assert torch.equal(parallel.variance(x), x.var())
     assert parallel.subset([1, 2]) == [1, 2]
+    assert parallel.in_order(3, lambda value: value + 1) == 4
+    assert parallel.exchanged(["mine"]) == ["mine"]
     parallel.from_owner_(nn.Linear(2, 2), 0)
 
 

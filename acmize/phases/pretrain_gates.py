@@ -8,6 +8,7 @@ Shapes: M tokens, D input width, G groups, N learners, K = N + 1 choices.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from acmize import parallel
 from acmize.cost import evaluating
-from acmize.damage import GateData
+from acmize.damage import GateData, GateRows, Parts
 from acmize.errors import AcmizeError
 from acmize.gates import ClassificationGate, DamageGate, Gate, choosing, full_width
 from acmize.inputs import Batch, forward
@@ -57,32 +58,29 @@ def fit_damage_gates(
     """
     generator = torch.Generator().manual_seed(seed)
     holders = nn.ModuleList(data)
-    scales = []
+    items: list[tuple[Any, GateData, Tensor, Tensor]] = []
     for gate, rows in data.items():
         if not isinstance(gate, DamageGate):
             raise AcmizeError("gate labels 'damage' need damage gates; use --gate-labels threshold with this preset")
-        mean, std = _moments(rows)
-        log_mean = (parallel.mean(rows.damage, (0,)) + 1e-9).log()
-        if fresh or not _knows(gate, rows, log_mean):
-            _start(gate, log_mean, generator)
-        else:
+        log_mean, mean, std, known = parallel.from_owner(
+            _looked_at(gate, rows, fresh) if rows.here else None, rows.owner
+        )
+        if known:
             _unfold(gate, mean, std)
-        scales.append((mean, std))
-    items: list[tuple[Any, GateData, Tensor, Tensor]] = [
-        (g, d, m, s) for (g, d), (m, s) in zip(data.items(), scales, strict=True)
-    ]
+        else:
+            _start(gate, log_mean, generator)
+        items.append((gate, rows, mean, std))
 
     def loss(step_seed: Tensor, _step: int) -> dict[str, Tensor]:
         pick = torch.Generator().manual_seed(int(step_seed))
-        total = torch.zeros(())
+        total = _nothing(data)
         for gate, rows, mean, std in items:
             i = rows.draw(batch_tokens, pick)
-            device = gate.fc1.weight.device
-            x = (rows.x[i].float() - mean) / std  # of these rows only: all inputs of all gates are gigabytes
-            prediction = gate.log_damage(x.to(device), rows.dial[i].to(device))
-            share = len(i) / min(batch_tokens, len(rows))
-            found = gamma_deviance(prediction, rows.damage[i].to(device)) if len(i) else prediction.sum()
-            total = total + share * found.cpu()
+            if rows.here:
+                device = gate.fc1.weight.device
+                x = (rows.x[i].float() - mean) / std  # of these rows only: all inputs of all gates are gigabytes
+                prediction = gate.log_damage(x.to(device), rows.dial[i].to(device))
+                total = total + gamma_deviance(prediction, rows.damage[i].to(device)).cpu()
         total = parallel.total(total)
         return {"loss": total, "deviance": total / len(items)}
 
@@ -93,21 +91,25 @@ def fit_damage_gates(
             checkpoint=checkpoint, resume=resume,
         )  # fmt: skip
     finally:
-        for (gate, _), (mean, std) in zip(data.items(), scales, strict=True):
-            _fold(gate, mean, std)  # pyright: ignore[reportArgumentType]
+        for gate, _, mean, std in items:
+            _fold(gate, mean, std)
 
 
 def _seeds(seed: int, steps: int) -> Any:
     return lambda epoch: (torch.tensor(seed * 1_000_003 + epoch * steps + i) for i in range(steps))
 
 
-def _moments(rows: GateData) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (D,) of a gate's inputs, over the rows of all processes."""
-    x = rows.x.float()
-    if rows.place is None:
-        return x.mean(0), x.std(0) + 1e-6
-    mean = parallel.mean(x, (0,))
-    return mean, (parallel.total((x - mean).square().sum(0)) / (len(rows) - 1)).sqrt() + 1e-6
+def _nothing(data: dict[Gate, GateData]) -> Tensor:
+    """A zero; where another process has the rows of every gate, with the gradient that the loop waits for."""
+    if any(rows.here for rows in data.values()):
+        return torch.zeros(())
+    return 0 * next(next(iter(data)).parameters()).sum().cpu()
+
+
+def _looked_at(gate: DamageGate, rows: GateData, fresh: bool) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Of a gate's rows: log of the mean damage (G, N), mean and deviation (D,) of the inputs; whether it knows them."""
+    x, log_mean = rows.x.float(), (rows.damage.mean(0) + 1e-9).log()
+    return log_mean, x.mean(0), x.std(0) + 1e-6, not fresh and _knows(gate, rows, log_mean)
 
 
 def _start(gate: DamageGate, log_mean: Tensor, generator: torch.Generator) -> None:
@@ -123,17 +125,16 @@ def _start(gate: DamageGate, log_mean: Tensor, generator: torch.Generator) -> No
 
 @torch.no_grad()
 def _knows(gate: DamageGate, rows: GateData, log_mean: Tensor) -> bool:
-    """Whether a gate's present predictions are better than `log_mean` (G, N), over the rows of all processes.
+    """Whether a gate's present predictions are better than `log_mean` (G, N).
 
     Where they are not, there is nothing to go on from, and the deviance, which is exponential in their error, fills
     AdamW's second moments with gradients that it takes hundreds of steps to forget.
     """
     device, gained = gate.fc1.weight.device, torch.zeros(())
     for x, damage, dial in zip(*(t.split(ROWS) for t in (rows.x, rows.damage, rows.dial)), strict=True):
-        if len(x):
-            present = gate.log_damage(x.float().to(device), dial.to(device)).cpu()
-            gained += len(x) * (gamma_deviance(log_mean.expand_as(damage), damage) - gamma_deviance(present, damage))
-    return bool(parallel.total(gained) > 0)
+        present = gate.log_damage(x.float().to(device), dial.to(device)).cpu()
+        gained += len(x) * (gamma_deviance(log_mean.expand_as(damage), damage) - gamma_deviance(present, damage))
+    return bool(gained > 0)
 
 
 @torch.no_grad()
@@ -172,33 +173,26 @@ def collect_errors(
     """
     adaptive = {f: m for f, m in model.named_modules() if isinstance(m, AdaptiveModule)}
     deciding = {f: [f, *_linked_to(m, adaptive)] for f, m in adaptive.items() if m.names}
-    rows: dict[Gate, list[tuple[Tensor, Tensor, Tensor]]] = {}
-    masks: dict[Gate, list[Tensor]] = {}
-    with evaluating(model, source), capture(source, list(adaptive)) as seen:
-        for whole in batches:
-            with parallel.rows_of(whole).counted() as batch, choosing(source, full_width):
+    draw = partial(_picked, share=keep_tokens, generator=generator)
+    rows = GateRows(model)
+    with evaluating(model, source), capture(source, list(adaptive)) as seen, choosing(source, full_width):
+        for batch in parallel.in_turns(batches):
+            if batch is not None:
                 forward(source, batch)
-                inputs = {path: tokens_of(adaptive[path], *seen[path])[0] for path in deciding}
-                lengths = [len(x) for x in inputs.values()]
-                found = [
-                    parallel.places(_kept(everything, keep_tokens, generator), before, length)
-                    for length, (before, everything) in zip(
-                        lengths, parallel.offsets(lengths, batch.device), strict=True
-                    )
-                ]
-            for (path, group), (pick, own) in zip(deciding.items(), found, strict=True):
-                x, gate = inputs[path], adaptive[path].gate
-                pick = pick.to(x.device)
-                errors = torch.cat([_errors(adaptive[f], *seen[f], pick) for f in group], 1)
+            inputs = {} if batch is None else {f: tokens_of(adaptive[f], *seen[f])[0] for f in deciding}
+            found: list[tuple[Gate, Parts]] = []
+            for path, pick in parallel.in_order({f: len(x) for f, x in inputs.items()}, draw).items():
+                x, pick = inputs[path], pick.to(inputs[path].device)
+                errors = torch.cat([_errors(adaptive[f], *seen[f], pick) for f in deciding[path]], 1)
                 x = adaptive[path].gate_input(x[pick]).cpu()
-                rows.setdefault(gate, []).append((x, errors.cpu(), torch.zeros(len(pick), 1)))
-                masks.setdefault(gate, []).append(own)
-    return {gate: GateData.joined(parts, masks[gate]) for gate, parts in rows.items()}
+                found.append((adaptive[path].gate, (x, errors.cpu(), torch.zeros(len(pick), 1))))
+            rows.add(found)
+    return rows.joined()
 
 
-def _kept(length: int, share: float, generator: torch.Generator) -> Tensor:
-    """A share of so many tokens, one at least."""
-    return torch.randperm(length, generator=generator)[: max(1, round(share * length))]
+def _picked(lengths: dict[str, int], share: float, generator: torch.Generator) -> dict[str, Tensor]:
+    """Places of a share of so many tokens, one at least."""
+    return {f: torch.randperm(n, generator=generator)[: max(1, round(share * n))] for f, n in lengths.items()}
 
 
 def _linked_to(module: AdaptiveModule, adaptive: dict[str, AdaptiveModule]) -> list[str]:
@@ -241,24 +235,22 @@ def fit_classification_gates(
         checkpoint: folder for checkpoints.
         resume: go on from the checkpoint there.
     """
-    items: list[tuple[ClassificationGate, GateData, Tensor]] = []
+    items: list[tuple[ClassificationGate, GateData, Tensor | None]] = []
     for gate, rows in data.items():
         if not isinstance(gate, ClassificationGate):
             raise AcmizeError(
                 "gate labels 'threshold' need classification gates; use --preset paper or gate=classification"
             )
-        labels = torch.stack([threshold_labels(e, tau) for e in rows.damage.unbind(1)], 1)
-        items.append((gate, rows, labels.clamp_min(gate.min_choice)))
+        items.append((gate, rows, _labels(gate, rows, tau) if rows.here else None))
 
     def loss(step_seed: Tensor, _step: int) -> dict[str, Tensor]:
         pick = torch.Generator().manual_seed(int(step_seed))
-        total = torch.zeros(())
+        total = _nothing(data)
         for gate, rows, labels in items:
             i = rows.draw(batch_tokens, pick)
-            logits = gate.logits(rows.x[i].to(gate.fc1.weight.device))
-            share = len(i) / min(batch_tokens, len(rows))
-            wanted = labels[i].flatten().to(logits.device)
-            total = total + share * (classification(logits.flatten(0, 1), wanted) if len(i) else logits.sum()).cpu()
+            if labels is not None:
+                logits = gate.logits(rows.x[i].to(gate.fc1.weight.device))
+                total = total + classification(logits.flatten(0, 1), labels[i].flatten().to(logits.device)).cpu()
         total = parallel.total(total)
         return {"loss": total, "cross_entropy": total / len(items)}
 
@@ -267,3 +259,9 @@ def fit_classification_gates(
         name=name, model=nn.ModuleList(data), loss=loss, batches=_seeds(seed, steps), steps_per_epoch=steps,
         config=config, checkpoint=checkpoint, resume=resume,
     )  # fmt: skip
+
+
+def _labels(gate: ClassificationGate, rows: GateData, tau: float) -> Tensor:
+    """(M, G) choices."""
+    labels = torch.stack([threshold_labels(errors, tau) for errors in rows.damage.unbind(1)], 1)
+    return labels.clamp_min(gate.min_choice)
