@@ -12,6 +12,7 @@ from acmize import parallel
 from acmize.audio import open_audio
 from acmize.checkpoint import remove_dir
 from acmize.conversion import Conversion, planned
+from acmize.errors import AcmizeError
 from acmize.evaluate import evaluate, reference
 from acmize.gates import choosing, full_width
 from acmize.hf_models import processor_of
@@ -49,7 +50,7 @@ def convert(
         recipe: every option; or give some of them as keywords (`phases=()`, `seed=1`, `acm={"num_learners": 4}`,
             `method="cosine-gate"`).
         base: how to build the dense model again, from `base_of(model, kwargs)`.
-        plan: from `make_plan`, for sites of a module of one's own.
+        plan: from `make_plan`, for sites of a module of one's own; it stays as it is.
         work: folder for checkpoints; kept on failure, removed on success.
         resume: go on from the checkpoints in `work`.
         output: folder to save the result in, before `work` is removed.
@@ -69,11 +70,13 @@ def convert(
     if budget is not None:
         recipe = Recipe(**{**{f: getattr(recipe, f) for f in recipe.__dataclass_fields__}, "budget": budget})
     speech = Speech(data, model, recipe) if is_speech(model) else None
-    if plan is None:
-        plan = planned(model, recipe, speech and speech.example)
+    given = plan is not None
+    if given and recipe.fit_batch is not None:
+        raise AcmizeError("fit_batch: found a plan beside it, expected none: what does not pay is planned again")
+    plan = plan or planned(model, recipe, speech and speech.example)
     plan.check_budget(recipe.budget)
     samples = speech or Images(data, model, recipe)
-    made = run_stages(Conversion(model, plan, recipe, samples, work, resume), base)
+    made = run_stages(Conversion(model, plan, recipe, samples, work, resume, given=given), base)
     if is_speech(model):
         made.processor = processor_of(model)
     if parallel.is_main():

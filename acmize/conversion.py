@@ -63,6 +63,7 @@ class Conversion:
         images: the data, or recordings.
         work: folder for checkpoints; None: nothing is kept.
         resume: go on from what is there.
+        given: the plan is not that of the recipe, and stays as it is.
 
     Attributes:
         model: the converted model, as the stages left it.
@@ -87,8 +88,9 @@ class Conversion:
         images: Images | Speech,
         work: str | Path | None,
         resume: bool,
+        given: bool = False,
     ) -> None:
-        self.dense, self.plan, self.recipe = dense.eval(), plan, recipe
+        self.dense, self.plan, self.recipe, self.given = dense.eval(), plan, recipe, given
         self.images: Any = images  # of either kind: what differs is inside
         self.model = converted(dense, plan).eval()
         self.work = None if work is None else Path(work)

@@ -140,7 +140,8 @@ def _distill(job: Conversion) -> None:
     job.note(history)
     failed = check_sites(history.last, job.recipe.max_error)
     job.findings += failed
-    if failed and 2 * len(failed) <= len(distillable(job.model)):  # when most fail, the training is at fault
+    few = 2 * len(failed) <= len(distillable(job.model))  # when most fail, the training is at fault
+    if failed and few and not job.given:
         _keep_dense(job, [finding.site for finding in failed])
 
 

@@ -15,7 +15,9 @@ from short import MODEL, converted, image_folder, recipe, same_state, timeless
 
 import acmize
 from acmize.api import convert, evaluate_saved
+from acmize.diagnose import Finding
 from acmize.errors import AcmizeError
+from acmize.hosts import make_plan
 from acmize.hub import Adaptive, from_pretrained
 from acmize.models import load_model
 from acmize.quickstart_model import digits, digits_dataset
@@ -44,6 +46,21 @@ def test_the_results(model: Any) -> None:
     assert results["samples"] == 64
     assert results["split"] == "test"
     assert set(model.recipe["seconds"]) == {"init", "distill", "gates", "finetune"}
+
+
+def test_a_plan_that_is_given_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = load_model(MODEL)
+    asked = recipe({"phases": ["distill"]})
+    plan = make_plan(dense, asked.config, exclude=["blocks.0.*"])
+    failed = Finding(kind="distillation", site="blocks.2.mlp", message="blocks.2.mlp: distillation error 0.99")
+    monkeypatch.setattr("acmize.stages.check_sites", lambda *_: [failed])
+    made = convert(dense, data=digits_dataset(), recipe=asked, plan=plan)
+    assert made.plan == plan
+    assert failed.to_dict() in made.results["findings"]
+    made = convert(dense, data=digits_dataset(), recipe=asked)
+    assert "blocks.2.mlp" not in {e.target for e in made.plan.entries}, "the recipe's own is planned again"
+    with pytest.raises(AcmizeError, match="fit_batch: found a plan"):
+        convert(dense, data=digits_dataset(), recipe=recipe({"fit_batch": 4}), plan=plan)
 
 
 def test_the_result_is_the_same_class_with_a_budget(model: Any) -> None:
