@@ -51,9 +51,21 @@ class AcmMlp(AdaptiveModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """X (..., D), or (B, D, H, W) when channels come first -> the same with O in D's place."""
-        if self.channels_first:
-            return self._tokens_last(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return self._tokens_last(x)
+        y = self._tokens_last(self.tokens(x))
+        return y.permute(0, 3, 1, 2) if self.channels_first else y
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """X as `forward` takes it -> (..., D)."""
+        return x.permute(0, 2, 3, 1) if self.channels_first else x
+
+    def output_tokens(self, y: Tensor) -> Tensor:
+        """Y as `forward` gives it -> (..., O)."""
+        return self.tokens(y)
+
+    def few(self, x: Tensor, count: int) -> Tensor:
+        """The first tokens of x as `forward` takes it."""
+        few = self.tokens(x).flatten(0, -2)[:count]
+        return few[..., None, None] if self.channels_first else few
 
     def _tokens_last(self, x: Tensor) -> Tensor:
         decision = self.decide(x)

@@ -84,8 +84,7 @@ def _empty(fc: Contract) -> _Sums:
 def _hidden(module: AcmMlp | AcmOut, x: Tensor, own: dict[AdaptiveModule, Decision]) -> tuple[Tensor, Decision]:
     """What the contraction reads, whole, and the decision for it."""
     if isinstance(module, AcmMlp):
-        x = x.permute(0, 2, 3, 1) if module.channels_first else x
-        return module.hidden(x), own[module].group(0)
+        return module.hidden(module.tokens(x)), own[module].group(0)
     decision = own[module] if module.link is None else module.link.read()
     return x, decision.group(module.group)
 

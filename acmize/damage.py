@@ -162,7 +162,8 @@ def _one_batch(
         parallel.in_order(None, draw)
         return []
     probe = probed(batch)
-    return probe.rows(*parallel.in_order(probe.sizes(keep_tokens), draw), kept)
+    classes, picks = parallel.in_order(probe.sizes(keep_tokens), draw)
+    return probe.rows(classes, picks, kept)
 
 
 def _drawn(sizes: Sizes, draws: int, generator: torch.Generator) -> tuple[Tensor, list[Tensor]]:

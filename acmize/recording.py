@@ -64,6 +64,18 @@ class AdaptiveModule(nn.Module):
         """X (B, T, D) -> (B, T), True for real tokens; None where all are."""
         return None if self.padding is None else self.padding.read(x)
 
+    def tokens(self, x: Tensor) -> Tensor:
+        """The module's input -> what the learners read (..., D), tokens on the leading axes."""
+        return x
+
+    def output_tokens(self, y: Tensor) -> Tensor:
+        """The module's output -> (..., O), tokens on the leading axes."""
+        return y
+
+    def few(self, x: Tensor, count: int) -> Tensor:
+        """The module's input, cut to its first tokens, or samples where it decides for whole samples."""
+        return x[:count] if self.per_sample else x.flatten(0, -2)[:count]
+
     def gate_input(self, x: Tensor) -> Tensor:
         """What the learners read (M, D) -> what the gate reads of it."""
         return x

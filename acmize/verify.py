@@ -36,7 +36,6 @@ from acmize.kernels.linear import is_available
 from acmize.methods.token_merging import schedule_of, set_schedule
 from acmize.recording import AdaptiveModule, record
 from acmize.timing import check_device
-from acmize.windows import AcmConv
 
 log = logging.getLogger("acmize")
 
@@ -346,7 +345,7 @@ def _few_tokens(model: nn.Module, inputs: Batch, backend: str) -> list[Check]:
     chosen = [choose for what, choose in kinds(model, 0).items() if what in ("least", "middle", "full")]
     found = []
     for what, count in (("one token", 1), ("no token", 0)):
-        few = [(module, _leading(module, x, count)) for module, x in asked]
+        few = [(module, module.few(x, count)) for module, x in asked]
         try:
             worst = max(_worst(model, few, choose, backend) for choose in chosen)
         except Exception as error:  # any kind, as in `compared`
@@ -372,17 +371,6 @@ def _inputs_of(model: nn.Module, inputs: Batch) -> list[tuple[AdaptiveModule, Te
         for handle in handles:
             handle.remove()
     return asked
-
-
-def _leading(module: AdaptiveModule, x: Tensor, count: int) -> Tensor:
-    """The first tokens of an adaptive module's input, or samples where it decides for whole samples."""
-    if module.per_sample:
-        return x[:count]
-    if isinstance(module, AcmConv):
-        return module.geometry.windows(x).flatten(0, 1)[:count].mT
-    if getattr(module, "channels_first", False):
-        return x.movedim(1, -1).flatten(0, -2)[:count, :, None, None]
-    return x.flatten(0, -2)[:count]
 
 
 def _worst(

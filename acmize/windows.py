@@ -91,6 +91,14 @@ class AcmConv(AdaptiveModule):
             seen = seen.contiguous()
         return seen.flatten(-2)
 
+    def output_tokens(self, y: Tensor) -> Tensor:
+        """Y (B, O, T) -> (B, T, O)."""
+        return y.mT
+
+    def few(self, x: Tensor, count: int) -> Tensor:
+        """X (B, C, L) -> (count, C, K): its first windows, each an input of one output frame."""
+        return self.geometry.windows(x).flatten(0, 1)[:count].mT
+
     def gate_input(self, x: Tensor) -> Tensor:
         """X (..., K * C) windows -> (..., C): what the gate reads of them."""
         return x.unflatten(-1, (self.geometry.kernel, -1)).mean(-2)

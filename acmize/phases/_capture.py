@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from acmize.padding import rows, watching
+from acmize.recording import AdaptiveModule
 from acmize.windows import AcmConv
 
 Seen = dict[str, tuple[Tensor, Tensor]]
@@ -35,13 +36,6 @@ def capture(source: nn.Module, paths: Sequence[str]) -> Iterator[Seen]:
             handle.remove()
 
 
-def tokens_of(module: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """What the learners of an adaptive module read, and what it gives: (M, D) for each.
-
-    From (..., D), (B, D, H, W) where it takes channels first, or (B, C, L) where it is a convolution.
-    """
-    if isinstance(module, AcmConv):
-        x, y = module.tokens(x), y.mT
-    if getattr(module, "channels_first", False):
-        x, y = x.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1)
-    return x.flatten(0, -2), y.flatten(0, -2)
+def tokens_of(module: AdaptiveModule, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """What the learners of an adaptive module read (M, D), and what it gives (M, O)."""
+    return module.tokens(x).flatten(0, -2), module.output_tokens(y).flatten(0, -2)
