@@ -35,9 +35,7 @@ from acmize.inputs import Batch, counted, forward, logits_of
 from acmize.recording import AdaptiveModule, record
 
 Parts = tuple[Tensor, Tensor, Tensor]  # x, damage, dial
-Sizes = tuple[
-    Tensor, list[tuple[int, int]]
-]  # probabilities (rows, classes); tokens of each gate, and how many are kept
+Sizes = tuple[Tensor, list[tuple[int, int]]]  # class probabilities; tokens of each gate, and how many are kept
 
 
 @dataclass
