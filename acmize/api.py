@@ -69,10 +69,12 @@ def convert(
     parallel.join(next(model.parameters()).device)
     if budget is not None:
         recipe = Recipe(**{**{f: getattr(recipe, f) for f in recipe.__dataclass_fields__}, "budget": budget})
-    speech = Speech(data, model, recipe) if is_speech(model) else None
     given = plan is not None
     if given and recipe.fit_batch is not None:
-        raise AcmizeError("fit_batch: found a plan beside it, expected none: what does not pay is planned again")
+        raise AcmizeError(
+            "fit_batch: found a plan beside it, expected none, since what does not pay is planned again; leave one out"
+        )
+    speech = Speech(data, model, recipe) if is_speech(model) else None
     plan = plan or planned(model, recipe, speech and speech.example)
     plan.check_budget(recipe.budget)
     samples = speech or Images(data, model, recipe)

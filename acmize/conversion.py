@@ -34,6 +34,7 @@ from acmize.speech import Speech
 from acmize.weights import Weights
 
 log = logging.getLogger("acmize")
+LARGE = 1e11  # MACs a sample from which on the inputs of gates are held in bfloat16
 
 
 def planned(
@@ -51,6 +52,11 @@ def planned(
         dense, recipe.config, example=example, target_modules=recipe.target_modules,
         exclude=(*recipe.exclude, *without), merge=recipe.merge,
     )  # fmt: skip
+
+
+def small_batch(plan: Plan, recipe: Recipe) -> int:
+    """Samples at once where gradients reach every choice of every token; fewer of a larger model."""
+    return min(20 if plan.macs_dense < 8e9 else max(1, round(1.4e11 / plan.macs_dense)), recipe.batch_size)
 
 
 class Conversion:
@@ -88,7 +94,8 @@ class Conversion:
         images: Images | Speech,
         work: str | Path | None,
         resume: bool,
-        given: bool = False,
+        *,
+        given: bool,
     ) -> None:
         self.dense, self.plan, self.recipe, self.given = dense.eval(), plan, recipe, given
         self.images: Any = images  # of either kind: what differs is inside
@@ -100,9 +107,7 @@ class Conversion:
         self.peaks: dict[str, float] = {}
         self.measured: dict[str, Any] = {}
         self.calibration: Calibration | None = None
-        self.small_batch = min(
-            20 if plan.macs_dense < 8e9 else max(1, round(1.4e11 / plan.macs_dense)), recipe.batch_size
-        )
+        self.small_batch = small_batch(plan, recipe)
         self._check_labels()
         few = min(len(self.images.fit), len(self.images.held))
         if few < parallel.processes():
@@ -253,4 +258,4 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-__all__ = ["Conversion", "planned"]
+__all__ = ["LARGE", "Conversion", "planned", "small_batch"]

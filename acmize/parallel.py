@@ -75,11 +75,6 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def idle() -> bool:
-    """Whether this process runs rows of another one now, and adds nothing."""
-    return _state.idle
-
-
 def is_main() -> bool:
     """Whether this process writes and prints."""
     return rank() == 0
@@ -381,6 +376,6 @@ def from_owner_(module: nn.Module, owner: int) -> None:
 
 __all__ = [
     "Rows", "any_of", "apart", "exchanged", "from_main", "from_owner", "from_owner_", "gather", "gather_objects",
-    "idle", "in_order", "in_step", "in_turns", "is_main", "join", "mean", "offsets", "owners", "part", "placed",
+    "in_order", "in_step", "in_turns", "is_main", "join", "mean", "offsets", "owners", "part", "placed",
     "places", "processes", "rank", "rows_of", "spread", "subset", "to_owner", "total", "total_", "variance", "wait",
 ]  # fmt: skip

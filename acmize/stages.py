@@ -18,7 +18,7 @@ from acmize import parallel
 from acmize.batches import mixup
 from acmize.checkpoint import read_json, write_json
 from acmize.compensate import compensate_
-from acmize.conversion import Conversion
+from acmize.conversion import LARGE, Conversion
 from acmize.damage import collect_damage
 from acmize.diagnose import check_gates, check_sites
 from acmize.environment import environment, release_memory
@@ -183,7 +183,7 @@ def _gates(job: Conversion) -> None:
         data = collect_damage(
             job.model, job.dense, batches, choose=None if number else full_width, generator=generator,
             draws=options.draws, keep_tokens=options.keep_tokens, bf16=job.recipe.mixed_precision == "bf16",
-            keep_bf16=job.plan.macs_dense > 1e11,
+            keep_bf16=job.plan.macs_dense > LARGE,
         )  # fmt: skip
         fit_damage_gates(
             data, steps=options.steps, lr=options.lr or 3e-3, seed=seed + number, fresh=number == 0,

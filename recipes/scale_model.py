@@ -25,7 +25,7 @@ import _common as common
 from torch.utils.flop_counter import FlopCounterMode
 
 from acmize.api import convert
-from acmize.conversion import Conversion
+from acmize.conversion import LARGE, Conversion, small_batch
 from acmize.cost import _uncounted
 from acmize.hosts import make_plan
 from acmize.init import MOMENT_BYTES, _moment_bytes, _wanted, portions
@@ -125,27 +125,22 @@ class Model:
         kept = {tokens: min(1024, round(count * tokens * options.keep_tokens)) for tokens, _, _ in self.gates}
         a_step = sum(kept[tokens] * sum(e.gate_macs for e in entries) for tokens, _, entries in self.gates)
         fitted = options.rounds * options.steps * a_step * 3
-        held = FLOAT if full < 1e11 else FLOAT / 2  # inputs in bfloat16
+        held = FLOAT / 2 if full > LARGE else FLOAT  # inputs in bfloat16
         rows = sum(
             count * tokens * options.keep_tokens * (held * width + FLOAT * (1 + sum(e.num_learners for e in entries)))
             for tokens, width, entries in self.gates
         )
-        batches, owners = -(-count // self.small_batch(s)), min(s.processes, len(self.gates))
+        batches, owners = -(-count // small_batch(self.plan, s.recipe)), min(s.processes, len(self.gates))
         turns = -(-batches // s.processes)
         sent = rows / s.processes * (s.processes - 1) / s.processes  # to the owners of their gates
         traffic = options.rounds * (sent + options.steps * _reduced(FLOAT * weights, s.processes))
         memory = 2 * self.weights + rows / owners + self.activations(s)
         return Cost(macs=seen * turns / batches + fitted / owners, memory=memory, traffic=traffic)
 
-    def small_batch(self, s: Setting) -> int:
-        """Samples that a process backpropagates to every choice at once (`Conversion.small_batch`)."""
-        batch = 20 if self.plan.macs_dense < 8e9 else max(1, round(1.4e11 / self.plan.macs_dense))
-        return min(batch, s.recipe.batch_size)
-
     def activations(self, s: Setting) -> float:
-        """Bytes that it keeps for that."""
+        """Bytes that a backward of `small_batch` samples to every choice keeps."""
         units = sum(e.tokens * e.heads * e.bounds[-1] for e in self.plan.entries)
-        return self.small_batch(s) * FLOAT * 4 * units
+        return small_batch(self.plan, s.recipe) * FLOAT * 4 * units
 
     def distill(self, s: Setting) -> Cost:
         """The frozen source once an image; learners forward and backward, and once as they started."""

@@ -13,7 +13,7 @@ Shows:     DeiT-Tiny, or a small wav2vec2 that fsdd_wav2vec2.py trained, all thr
 Data:      `imagenet_mini`, or FSDD with --speech; --limit a split.
 Seed:      0.
 Hardware:  CPU, processes of one thread (gloo).
-Time:      not yet run.
+Time:      4 minutes for 60 photographs, 1 to 2 for 60 recordings.
 """
 
 from __future__ import annotations

@@ -109,9 +109,9 @@ def test_a_process_without_rows_runs_one_for_company(monkeypatch: pytest.MonkeyP
     rows = parallel.rows_of(batch)
     assert rows.idle
     with rows.counted() as (inputs, labels):
-        assert parallel.idle()
+        assert parallel._state.idle
         assert (len(inputs), labels) == (1, None)
-    assert not parallel.idle()
+    assert not parallel._state.idle
     monkeypatch.setattr(parallel, "rank", lambda: 1)
     assert not parallel.rows_of(batch).idle
 

@@ -7,7 +7,7 @@ Shapes: M tokens, D input width, G groups, N learners, K = N + 1 choices.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def fit_damage_gates(
     """
     generator = torch.Generator().manual_seed(seed)
     holders = nn.ModuleList(data)
-    items: list[tuple[Any, GateData, Tensor, Tensor]] = []
+    scales: dict[DamageGate, tuple[Tensor, Tensor]] = {}
     for gate, rows in data.items():
         if not isinstance(gate, DamageGate):
             raise AcmizeError("gate labels 'damage' need damage gates; use --gate-labels threshold with this preset")
@@ -69,29 +69,22 @@ def fit_damage_gates(
             _unfold(gate, mean, std)
         else:
             _start(gate, log_mean, generator)
-        items.append((gate, rows, mean, std))
+        scales[gate] = mean, std
 
-    def loss(step_seed: Tensor, _step: int) -> dict[str, Tensor]:
-        pick = torch.Generator().manual_seed(int(step_seed))
-        total = _nothing(data)
-        for gate, rows, mean, std in items:
-            i = rows.draw(batch_tokens, pick)
-            if rows.here:
-                device = gate.fc1.weight.device
-                x = (rows.x[i].float() - mean) / std  # of these rows only: all inputs of all gates are gigabytes
-                prediction = gate.log_damage(x.to(device), rows.dial[i].to(device))
-                total = total + gamma_deviance(prediction, rows.damage[i].to(device)).cpu()
-        total = parallel.total(total)
-        return {"loss": total, "deviance": total / len(items)}
+    def deviance(gate: Any, rows: GateData, i: Tensor) -> Tensor:
+        (mean, std), device = scales[gate], gate.fc1.weight.device
+        x = (rows.x[i].float() - mean) / std  # of these rows only: all inputs of all gates are gigabytes
+        prediction = gate.log_damage(x.to(device), rows.dial[i].to(device))
+        return gamma_deviance(prediction, rows.damage[i].to(device))
 
     config = FitConfig(epochs=1, lr=lr, min_lr=lr / 10, clip_norm=None, seed=seed, checkpoint_every=10**9)
     try:
         return fit(
-            name=name, model=holders, loss=loss, batches=_seeds(seed, steps), steps_per_epoch=steps, config=config,
-            checkpoint=checkpoint, resume=resume,
+            name=name, model=holders, loss=_summed(data, batch_tokens, deviance), batches=_seeds(seed, steps),
+            steps_per_epoch=steps, config=config, checkpoint=checkpoint, resume=resume,
         )  # fmt: skip
     finally:
-        for gate, _, mean, std in items:
+        for gate, (mean, std) in scales.items():
             _fold(gate, mean, std)
 
 
@@ -99,11 +92,24 @@ def _seeds(seed: int, steps: int) -> Any:
     return lambda epoch: (torch.tensor(seed * 1_000_003 + epoch * steps + i) for i in range(steps))
 
 
-def _nothing(data: dict[Gate, GateData]) -> Tensor:
-    """A zero; where another process has the rows of every gate, with the gradient that the loop waits for."""
-    if any(rows.here for rows in data.values()):
-        return torch.zeros(())
-    return 0 * next(next(iter(data)).parameters()).sum().cpu()
+def _summed(
+    data: dict[Gate, GateData], batch_tokens: int, error: Callable[[Any, GateData, Tensor], Tensor]
+) -> Callable[[Tensor, int], dict[str, Tensor]]:
+    """A step's loss: the sum over gates of `error(gate, rows, places drawn)`, each computed where its rows are."""
+
+    def loss(step_seed: Tensor, _step: int) -> dict[str, Tensor]:
+        pick = torch.Generator().manual_seed(int(step_seed))
+        total = torch.zeros(())
+        if not any(rows.here for rows in data.values()):  # the loop waits for a gradient on every process
+            total = 0 * next(next(iter(data)).parameters()).sum().cpu()
+        for gate, rows in data.items():
+            i = rows.draw(batch_tokens, pick)
+            if rows.here:
+                total = total + error(gate, rows, i).cpu()
+        total = parallel.total(total)
+        return {"loss": total, error.__name__: total / len(data)}
+
+    return loss
 
 
 def _looked_at(gate: DamageGate, rows: GateData, fresh: bool) -> tuple[Tensor, Tensor, Tensor, bool]:
@@ -235,33 +241,22 @@ def fit_classification_gates(
         checkpoint: folder for checkpoints.
         resume: go on from the checkpoint there.
     """
-    items: list[tuple[ClassificationGate, GateData, Tensor | None]] = []
+    labels: dict[Gate, Tensor] = {}
     for gate, rows in data.items():
         if not isinstance(gate, ClassificationGate):
             raise AcmizeError(
                 "gate labels 'threshold' need classification gates; use --preset paper or gate=classification"
             )
-        items.append((gate, rows, _labels(gate, rows, tau) if rows.here else None))
+        if rows.here:
+            found = torch.stack([threshold_labels(errors, tau) for errors in rows.damage.unbind(1)], 1)
+            labels[gate] = found.clamp_min(gate.min_choice)
 
-    def loss(step_seed: Tensor, _step: int) -> dict[str, Tensor]:
-        pick = torch.Generator().manual_seed(int(step_seed))
-        total = _nothing(data)
-        for gate, rows, labels in items:
-            i = rows.draw(batch_tokens, pick)
-            if labels is not None:
-                logits = gate.logits(rows.x[i].to(gate.fc1.weight.device))
-                total = total + classification(logits.flatten(0, 1), labels[i].flatten().to(logits.device)).cpu()
-        total = parallel.total(total)
-        return {"loss": total, "cross_entropy": total / len(items)}
+    def cross_entropy(gate: Any, rows: GateData, i: Tensor) -> Tensor:
+        logits = gate.logits(rows.x[i].to(gate.fc1.weight.device))
+        return classification(logits.flatten(0, 1), labels[gate][i].flatten().to(logits.device))
 
     config = FitConfig(epochs=1, lr=lr, clip_norm=None, seed=seed, checkpoint_every=10**9)
     return fit(
-        name=name, model=nn.ModuleList(data), loss=loss, batches=_seeds(seed, steps), steps_per_epoch=steps,
-        config=config, checkpoint=checkpoint, resume=resume,
+        name=name, model=nn.ModuleList(data), loss=_summed(data, batch_tokens, cross_entropy),
+        batches=_seeds(seed, steps), steps_per_epoch=steps, config=config, checkpoint=checkpoint, resume=resume,
     )  # fmt: skip
-
-
-def _labels(gate: ClassificationGate, rows: GateData, tau: float) -> Tensor:
-    """(M, G) choices."""
-    labels = torch.stack([threshold_labels(errors, tau) for errors in rows.damage.unbind(1)], 1)
-    return labels.clamp_min(gate.min_choice)
