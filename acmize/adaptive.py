@@ -16,6 +16,7 @@ from acmize import ops
 from acmize.decision import Decision
 from acmize.gates import Gate
 from acmize.layers import Contract, Expand, GateLink, LowRank
+from acmize.products import act_name
 from acmize.recording import AdaptiveModule
 
 
@@ -69,7 +70,7 @@ class AcmMlp(AdaptiveModule):
 
     def _tokens_last(self, x: Tensor) -> Tensor:
         decision = self.decide(x)
-        opaque = torch.compiler.is_compiling() and ops.act_name(self.act) is None
+        opaque = torch.compiler.is_compiling() and act_name(self.act) is None
         if opaque or decision.keep is not None or ops.pick_backend(x) == "masked":
             return self.forward_reference(x, decision)
         ups = [(u.weight, u.bias) for u in (self.fc1_gate, self.fc1) if u is not None]

@@ -22,6 +22,7 @@ from timm.layers.padding import get_same_padding
 from torch import Tensor, nn
 
 from acmize import ops
+from acmize.products import POST_OPS, act_name, has_onednn
 
 # oneDNN chooses the order of weights by the shape of the input; that for 16 samples serves 1 to 64 of them, while
 # weights that were ordered for no shape can be ordered again, slowly, at every call.
@@ -41,7 +42,7 @@ def usable(x: Tensor) -> bool:
         and ops.pick_backend(x) == "sorted"
         and not torch.compiler.is_compiling()
         and x.numel() > 0
-        and ops.has_onednn()
+        and has_onednn()
     )
 
 
@@ -57,7 +58,7 @@ def post_op(act: Any) -> tuple[str, list[float], str] | None:
         return "hardtanh", [0.0, 6.0], ""
     if type(act) is nn.Hardswish:
         return "hardswish", [], ""
-    found = ops.POST_OPS.get(ops.act_name(act) or "")
+    found = POST_OPS.get(act_name(act) or "")
     return None if found is None else (found[0], [], found[1])
 
 

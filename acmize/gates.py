@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from acmize import ops
 from acmize.decision import Decision, hard_keep
 from acmize.kept import Kept
+from acmize.products import gemm
 
 Choose = Callable[["Gate", Tensor], Tensor]
 
@@ -170,7 +171,7 @@ class DamageGate(Gate):
         """X (..., D) -> (..., hidden), with the dial as in `log_damage`."""
         bias = self.fc1.bias + self.level * (self.dial if dial is None else dial)
         if dial is None and ops.pick_backend(x) == "sorted" and not torch.compiler.is_compiling():
-            return ops.gemm(x.flatten(0, -2), self.fc1.weight, bias, self.act).unflatten(0, x.shape[:-1])
+            return gemm(x.flatten(0, -2), self.fc1.weight, bias, self.act).unflatten(0, x.shape[:-1])
         return self.act(F.linear(x, self.fc1.weight) + bias)
 
     def energies(self, x: Tensor) -> Tensor:

@@ -30,9 +30,9 @@ from acmize.errors import AcmizeError
 from acmize.importance import covariance, order_units
 from acmize.inputs import Batch, forward
 from acmize.layers import Contract, LowRank
-from acmize.ops import gemm
 from acmize.padding import rows, watching
 from acmize.plan import Plan, PlanEntry
+from acmize.products import gemm
 from acmize.registry import method_for
 from acmize.windows import Geometry
 

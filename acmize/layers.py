@@ -14,17 +14,18 @@ from torch import Tensor, nn
 
 from acmize import ops
 from acmize.decision import Decision
+from acmize.products import gemm
 
 
 class Dense(nn.Linear):
-    """`nn.Linear` by the products of the adaptive layers (see `ops.gemm`), for what stays dense."""
+    """`nn.Linear` by the products of the adaptive layers (see `products.gemm`), for what stays dense."""
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """X (..., D) -> (..., O)."""
         plain = type(self.weight) is nn.Parameter  # not in fewer bits, as torchao makes it
         if torch.compiler.is_compiling() or not plain or ops.pick_backend(x) != "sorted":
             return super().forward(x)
-        y = ops.gemm(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
+        y = gemm(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -26,13 +26,12 @@ from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from acmize.kernels import linear
 from acmize.kernels.order import order_on_device
+from acmize.products import ACTS, Act, act_name, gemm, in_order, rows_for
 
-Act = Callable[[Tensor], Tensor]
 Up = tuple[Tensor, Tensor | None]
 BACKENDS = ("masked", "sorted", "triton")
 _forced: list[str] = []
@@ -197,7 +196,7 @@ def _mlp(
 
 OVERHEAD_MACS = 2_000_000  # what a product more costs beside its MACs (calls, slices, adding), in MACs: about 20 us
 HEADS_OVERHEAD = 4  # times that, where slices of several heads are copied together for it
-ONEDNN_MACS = 1_000_000  # a product from which on oneDNN's own preparations are small beside it
+MOVE_MACS = 20  # what moving a number to its token's place in the order and back costs, in MACs; more in fresh memory
 FEW = 1 << 17  # numbers up to which one product with a mask is faster than zeroing learner by learner
 
 
@@ -276,14 +275,14 @@ def expand_sorted(
     if order.full:
         y = gemm(x_MD, weight, bias)
         return y if out is None else out.copy_(y)
-    x = x_MD.index_select(0, order.index)
-    h = x.new_zeros(len(x), heads, weight.shape[0] // heads)
+    x = in_order(x_MD, order.index)
+    h = x.new_zeros(len(x_MD), heads, weight.shape[0] // heads)
     w = weight.unflatten(0, (heads, -1))
     b = None if bias is None else bias.unflatten(0, (heads, -1))
     for run in plan_runs(order.counts, bounds, weight.shape[1], heads):
         part_w = w[:, run.lo : run.hi].flatten(0, 1)
         part_b = None if b is None else b[:, run.lo : run.hi].flatten()
-        part = gemm(x[: _rows(run.count, x, part_w)], part_w, part_b)[: run.count]
+        part = gemm(x[: rows_for(run.count, x, part_w)], part_w, part_b)[: run.count]
         h[: run.count, :, run.lo : run.hi] = part.unflatten(-1, (heads, -1))
     cut_(h, order, bounds)
     return torch.index_select(h.flatten(1), 0, order.inverse, out=out)
@@ -297,11 +296,11 @@ def contract_sorted(
         return gemm(h_MU, weight, table[-1])
     y = table.index_select(0, order.choice)
     w = weight.T.unflatten(0, (heads, -1))
-    h = h_MU.index_select(0, order.index).unflatten(-1, (heads, -1))
-    cut_(h, order, bounds)
+    h = in_order(h_MU, order.index).unflatten(-1, (heads, -1))
+    cut_(h[: len(h_MU)], order, bounds)
     for run in plan_runs(order.counts, bounds, weight.shape[0], heads):
         part_w = w[:, run.lo : run.hi].flatten(0, 1).T
-        part = h[: _rows(run.count, h, part_w), :, run.lo : run.hi].flatten(1)
+        part = h[: rows_for(run.count, h, part_w), :, run.lo : run.hi].flatten(1)
         y[: run.count] += gemm(part, part_w)[: run.count]
     return y.index_select(0, order.inverse)
 
@@ -312,15 +311,33 @@ def mlp_sorted(
     """Expand, activation and contract without leaving the sorted order: (M, D) -> (M, O); arguments as of `mlp`."""
     if order.full:
         return gemm(_hidden(x_MD, ups, act), down, table[-1])
-    x = x_MD.index_select(0, order.index)
+    unit_macs = len(ups) * x_MD.shape[1] + len(down)
+    runs, moved = plan_runs(order.counts, bounds, unit_macs), x_MD.shape[1] + len(down)
+    if not runs:
+        return table[:1].repeat(len(x_MD), 1)
+    if _together_pays(runs, len(x_MD), unit_macs, moved):
+        hi, choice = runs[-1].hi, order.choice.index_select(0, order.inverse)
+        hidden = _hidden(x_MD, _part(ups, 0, hi), act)
+        hidden *= _runs_unit(tuple(bounds), 0, hi, hidden.dtype, hidden.device).index_select(0, choice)
+        return gemm(hidden, down[:, :hi]) + table.index_select(0, choice)
+    x = in_order(x_MD, order.index)
     y = table.index_select(0, order.choice)
-    for run in plan_runs(order.counts, bounds, len(ups) * x.shape[1] + y.shape[1]):
-        lo, hi, part_w = run.lo, run.hi, down[:, run.lo : run.hi]
-        rows = x[: _rows(run.count, x, part_w)]
-        hidden = _hidden(rows, [(w[lo:hi], None if b is None else b[lo:hi]) for w, b in ups], act)
-        cut_(hidden[: run.count, None], order, bounds, lo)
+    for run in runs:
+        part_w = down[:, run.lo : run.hi]
+        hidden = _hidden(x[: rows_for(run.count, x, part_w)], _part(ups, run.lo, run.hi), act)
+        cut_(hidden[: run.count, None], order, bounds, run.lo)
         y[: run.count] += gemm(hidden, part_w)[: run.count]
     return y.index_select(0, order.inverse)
+
+
+def _together_pays(runs: Sequence[Run], tokens: int, unit_macs: int, moved: int) -> bool:
+    """Whether one product of all tokens, masked, costs less than runs, of tokens whose `moved` numbers are moved."""
+    wasted = sum((tokens - run.count) * (run.hi - run.lo) * unit_macs for run in runs)
+    return wasted <= (len(runs) - 1) * OVERHEAD_MACS + tokens * moved * MOVE_MACS
+
+
+def _part(ups: Sequence[Up], lo: int, hi: int) -> list[Up]:
+    return [(w[lo:hi], None if b is None else b[lo:hi]) for w, b in ups]
 
 
 def _hidden(x: Tensor, ups: Sequence[Up], act: Act) -> Tensor:
@@ -351,60 +368,6 @@ def _runs_unit(bounds: tuple[int, ...], first: int, last: int, dtype: torch.dtyp
         return (units < torch.tensor(bounds, device=device)[:, None]).to(dtype)
 
 
-# What oneDNN can do to its output while it writes it: acmize's name of an activation -> (name, algorithm).
-POST_OPS = {
-    "identity": ("none", ""),
-    "gelu": ("gelu", "none"),
-    "gelu_tanh": ("gelu", "tanh"),
-    "relu": ("relu", ""),
-    "silu": ("swish", ""),
-}
-
-
-def _onednn(x: Tensor) -> bool:
-    """Whether oneDNN multiplies matrices like x here: on some processors twice as fast as torch's default BLAS."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and has_onednn()
-
-
-def has_onednn() -> bool:
-    """Whether PyTorch carries oneDNN, with products and convolutions that apply what follows them, and may use it."""
-    # the flag alone: `torch.backends.mkldnn.enabled` goes through a property and a class
-    return _onednn_built() and torch._C._get_mkldnn_enabled()
-
-
-@lru_cache
-def _onednn_built() -> bool:
-    named = ("_linear_pointwise", "_convolution_pointwise", "_reorder_convolution_weight")
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in named)
-
-
-def _rows(count: int, x: Tensor, weight: Tensor) -> int:
-    """Rows of x to multiply for `count` tokens: oneDNN compiles a kernel for every shape it meets; keep them few."""
-    if count * weight.numel() < ONEDNN_MACS or not _onednn(x):
-        return count
-    step = max(16, 1 << max(0, count.bit_length() - 4))  # at most an eighth more, in the mean a thirty-second
-    return min(len(x), -(-count // step) * step)
-
-
-def gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: Act | None = None) -> Tensor:
-    """`act(F.linear(x))`; by oneDNN where that is fast, which it is not (by three orders) for weights with gaps.
-
-    Args:
-        x: (M, D).
-        weight: (O, D), of any strides.
-        bias: (O,).
-        act: elementwise, or None.
-    """
-    large = len(x) * weight.numel() >= ONEDNN_MACS and (weight.is_contiguous() or weight.T.is_contiguous())
-    if not (large and _onednn(x)):
-        y = F.linear(x, weight, bias)
-        return y if act is None else act(y)
-    post = None if act is None else POST_OPS.get(act_name(act) or "")
-    name, algorithm = post or ("none", "")
-    y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
-    return y if act is None or post else act(y)
-
-
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -421,24 +384,7 @@ def eager(function: _F) -> _F:
 
 # --- seen by torch.compile ------------------------------------------------------------------------------------
 
-_ACTS: dict[str, nn.Module] = {
-    "identity": nn.Identity(),
-    "gelu": nn.GELU(),
-    "gelu_tanh": nn.GELU(approximate="tanh"),
-    "silu": nn.SiLU(),
-    "relu": nn.ReLU(),
-    "sigmoid": nn.Sigmoid(),
-}
 _FUSED = {"identity": "none", "gelu": "gelu", "silu": "silu"}  # acmize's names -> those of the kernels
-
-
-def act_name(act: Act) -> str | None:
-    """The name under which an operator knows an activation; None for one it does not know."""
-    if type(act) is nn.GELU:
-        return "gelu" if act.approximate == "none" else "gelu_tanh"
-    modules: dict[Any, str] = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Sigmoid: "sigmoid", nn.Identity: "identity"}
-    functions: dict[Any, str] = {F.gelu: "gelu", F.silu: "silu", F.relu: "relu", torch.sigmoid: "sigmoid"}
-    return modules.get(type(act)) or functions.get(act)
 
 
 @torch.library.custom_op("acmize::expand", mutates_args=())
@@ -457,7 +403,7 @@ def _mlp_op(
     table: Tensor, choice: Tensor, bounds: Sequence[int],
 ) -> Tensor:  # fmt: skip
     ups = [(w, b if known else None) for w, b, known in zip(weights, biases, has_bias, strict=True)]
-    return _mlp(x, ups, _ACTS[act], down, table, choice, bounds)
+    return _mlp(x, ups, ACTS[act], down, table, choice, bounds)
 
 
 @torch.library.register_fake("acmize::expand")

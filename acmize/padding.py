@@ -14,7 +14,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from acmize import products
 
 Locate = Callable[[Any, tuple[Any, ...], dict[str, Any]], Tensor | None]
 _LOCATE: dict[str, Locate] = {}
@@ -59,7 +62,8 @@ class Padding:
 
 
 def install(model: nn.Module, wanted: type[nn.Module]) -> None:
-    """Tell every module of class `wanted` inside a known encoder which of its tokens are real."""
+    """Tell every module of class `wanted` inside a known encoder which of its tokens are real, and keep shapes few."""
+    few_shapes(model)
     for encoder in _encoders(model).values():
         encoder.padding = Padding()
         encoder.register_forward_pre_hook(partial(_publish, _LOCATE[class_path(encoder)]), with_kwargs=True)
@@ -97,6 +101,23 @@ def rows(x: Tensor, padding: Padding | None) -> Tensor:
 
 def _encoders(model: nn.Module) -> dict[str, Any]:
     return {path: module for path, module in model.named_modules() if class_path(module) in _LOCATE}
+
+
+def few_shapes(model: nn.Module) -> None:
+    """Products inside known encoders run on few numbers of rows: a dense rival of what `install` has prepared."""
+    for encoder in _encoders(model).values():
+        encoder.register_forward_pre_hook(_enter)
+        encoder.register_forward_hook(_leave, always_call=True)
+
+
+def _enter(_encoder: Any, _args: Any) -> None:
+    if not torch.compiler.is_compiling():
+        products.enter_ragged()
+
+
+def _leave(_encoder: Any, _args: Any, _output: Any) -> None:
+    if not torch.compiler.is_compiling():
+        products.leave_ragged()
 
 
 def _publish(locate: Locate, encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

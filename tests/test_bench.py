@@ -14,7 +14,7 @@ import torch
 from short import MODEL, converted, image_folder, refused
 from torch import nn
 
-from acmize import bench, bench_ops, console, ops, timing
+from acmize import bench, bench_ops, console, layers, timing
 from acmize.bench import bench_model, bench_saved
 from acmize.bench_ops import OpShape
 from acmize.errors import AcmizeError
@@ -378,8 +378,8 @@ def test_without_saved_budgets_one_is_wanted(model: Any, monkeypatch: pytest.Mon
 @torch.no_grad()
 def test_same_products_are_the_dense_model_by_other_products(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     dense, used = bench.dense_of(model), []
-    gemm = ops.gemm
-    monkeypatch.setattr(ops, "gemm", lambda *args: (used.append(args), gemm(*args))[1])
+    gemm = layers.gemm
+    monkeypatch.setattr(layers, "gemm", lambda *args: (used.append(args), gemm(*args))[1])
     made, x = bench.same_products(dense), bench.real_images(model, None, limit=4)
     torch.testing.assert_close(made(x), dense(x), atol=1e-5, rtol=1e-5)
     linears = [m for m in dense.modules() if type(m) is nn.Linear]

@@ -14,6 +14,7 @@ from torch import nn
 import acmize
 from acmize import AcmizeError, bench_speech, ops, site_times, timing
 from acmize.api import convert
+from acmize.audio import Utterance
 from acmize.cost import count_macs
 from acmize.hosts_speech import alone_only, blocks_path, front_end
 from acmize.inputs import Inputs
@@ -101,6 +102,18 @@ def test_what_is_timed(model: Any, saved: Path, recordings: Path, monkeypatch: p
         assert len(rounds) == 2
         assert all(some == some[:2] * 3 for some in rounds)
         assert 1000 * sum(n - 1 for n in rounds[-1][:2]) == pytest.approx(beyond)
+
+
+def test_the_dense_rival_rounds_rows_where_lengths_differ(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[nn.Module] = []
+    monkeypatch.setattr(bench_speech, "few_shapes", told.append)
+    monkeypatch.setattr(bench_speech, "WARMUP", 0)
+    for lengths, rounds in (((1600, 1600), False), ((1600, 2400), True)):
+        told.clear()
+        waves = [Utterance(torch.randn(n), "", str(i)) for i, n in enumerate(lengths)]
+        monkeypatch.setattr(bench_speech, "real_recordings", lambda *_, waves=waves, **__: waves)
+        bench_speech.bench_speech(model, "given", budgets=[0.9], setting=Setting(repeats=4))
+        assert bool(told) == rounds
 
 
 def test_the_work_of_recordings(model: Any, saved: Path, recordings: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

@@ -12,7 +12,7 @@ from short import converted
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from acmize import ops
+from acmize import products
 from acmize.adaptive import AcmMlp
 from acmize.quickstart_model import digits
 from acmize.recording import record
@@ -92,10 +92,10 @@ def test_an_activation_that_no_operator_knows_is_compiled_masked(model: Any, inp
     ],
 )  # fmt: skip
 def test_activations_by_name(act: Any, name: str | None) -> None:
-    assert ops.act_name(act) == name
+    assert products.act_name(act) == name
     if name is not None:
         x = torch.linspace(-3, 3, 50)
-        torch.testing.assert_close(ops._ACTS[name](x), act(x))
+        torch.testing.assert_close(products.ACTS[name](x), act(x))
 
 
 def test_operators_fit_what_they_promise() -> None:

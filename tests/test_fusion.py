@@ -13,7 +13,7 @@ from timm.layers import Conv2dSame
 from tiny_cnn import BLOCKS, CHAINS, PARTIAL, images, noisy
 from torch import Tensor, nn
 
-from acmize import convs, fusion, ops, samples
+from acmize import convs, fusion, ops, products, samples
 from acmize.bench import same_products
 from acmize.chain_runs import FusedRuns
 from acmize.cost import count_macs
@@ -26,7 +26,7 @@ from acmize.methods.cosine_gate import CosineGateConfig
 from acmize.methods.lag import LagConfig
 from acmize.recording import record
 
-pytestmark = pytest.mark.skipif(not ops.has_onednn(), reason="PyTorch has no oneDNN here")
+pytestmark = pytest.mark.skipif(not products.has_onednn(), reason="PyTorch has no oneDNN here")
 HOSTS = {**BLOCKS, **CHAINS, **PARTIAL}
 WITHOUT = {"convnext", "convnext conv_mlp", "vgg without norms"}  # no BatchNorm: left as they are
 

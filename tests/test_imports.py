@@ -19,7 +19,7 @@ ORDER = (
     ("__about__", "errors", "environment", "interrupt", "launched", "after"),
     ("parallel",),
     ("registry",),
-    ("kernels",),
+    ("kernels", "products"),
     ("inputs", "padding"),
     # cost counts the work of any module and knows nothing of ours
     ("ops", "cost", "convs", "cut", "chain_runs", "importance", "kept", "merge_pairs", "samples", "timing"),

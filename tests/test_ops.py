@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from threading import Thread
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from acmize import ops
+from acmize import ops, products
 from acmize.decision import Decision
 from acmize.layers import Contract, Dense, Expand, LowRank, fast_products_
 
@@ -148,12 +150,14 @@ def test_joined_or_not_the_outputs_agree(kind: str, overhead: int, monkeypatch: 
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("ragged", [False, True], ids=["alike", "ragged"])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_onednn_and_rounded_rows_agree(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_and_rounded_rows_agree(kind: str, ragged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products._thread, "ragged", int(ragged))
     used = []
     gemm = torch.ops.mkldnn._linear_pointwise
-    monkeypatch.setattr(ops, "ONEDNN_MACS", 0)
+    monkeypatch.setattr(products, "ONEDNN_MACS", 0)
     monkeypatch.setattr(
         torch.ops.mkldnn, "_linear_pointwise", lambda x, *rest: (used.append(len(x)), gemm(x, *rest))[1]
     )
@@ -165,7 +169,64 @@ def test_onednn_and_rounded_rows_agree(kind: str, monkeypatch: pytest.MonkeyPatc
         found, expected = layer(z, Decision(choice)), layer.masked(z, Decision(choice))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert bool(used) == bool(choice.sum())
-    assert all(rows % 16 == 0 or rows == len(choice) for rows in used)
+    assert all(rows % 16 == 0 or (rows == len(choice) and not ragged) for rows in used)
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["together", "sorted"])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_all_tokens_together_or_sorted_agree(kind: str, together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moving tokens to their places in the order may cost more than what they would compute in vain."""
+    moved, in_order = [], ops.in_order
+    monkeypatch.setattr(ops, "MOVE_MACS", 10**9 if together else -(10**9))
+    monkeypatch.setattr(ops, "in_order", lambda x, index: (moved.append(len(x)), in_order(x, index))[1])
+    choice, low = choices(kind), LowRank(D, OUT, BOUNDS["uneven"])
+    low.fc2.learner_bias.normal_()
+    x = torch.randn(len(choice), D)
+    torch.testing.assert_close(low(x, Decision(choice)), low.masked(x, Decision(choice)), rtol=1e-5, atol=1e-5)
+    assert bool(moved) == (not together and kind not in ("empty", "all zero", "all full"))
+
+
+@torch.no_grad()
+def test_a_product_of_windows_reads_them_where_they_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "ONEDNN_MACS", 0)
+    windows = torch.randn(50, 4).unfold(0, 7, 3).mT.flatten(-2)
+    weight, bias = torch.randn(OUT, 28), torch.randn(OUT)
+    assert windows.stride() == (12, 1)  # each shares 4 of its frames with the next
+    torch.testing.assert_close(products.gemm(windows, weight, bias), F.linear(windows.contiguous(), weight, bias))
+
+
+def test_two_outputs_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What products share inside is used again, what they return is not; each thread has its own."""
+    monkeypatch.setattr(products, "WORK", 0)
+    monkeypatch.setattr(products, "ONEDNN_MACS", 0)
+    choice, bounds = torch.tensor([3, 1, 2, 0, 3, 2, 1, 1]), BOUNDS["uneven"]
+    layers = (Expand(D, 36, True, bounds, 3), Contract(36, OUT, bounds, 3), LowRank(D, OUT, bounds))
+    one, two = ([torch.randn(8, n) for n in (D, 36, D)] for _ in range(2))
+
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        with torch.inference_mode():  # what is kept in it is written to outside as well
+            return [layer(x, Decision(choice)) for layer, x in zip(layers, inputs, strict=True)]
+
+    with torch.no_grad():
+        expected = [
+            [layer.masked(x, Decision(choice)) for layer, x in zip(layers, some, strict=True)] for some in (one, two)
+        ]
+        first = run(one)
+        second = [layer(x, Decision(choice)) for layer, x in zip(layers, two, strict=True)]
+    kept = {key: memory.data_ptr() for key, memory in products._thread.kept.items()}
+    assert {purpose for purpose, _ in kept} >= {"order"}
+    for found, wanted in zip((first, second), expected, strict=True):
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    others: list[dict[Any, int]] = []
+    thread = Thread(
+        target=lambda: (run(one), others.append({k: m.data_ptr() for k, m in products._thread.kept.items()}))
+    )
+    thread.start()
+    thread.join()
+    assert others[0]
+    assert not set(others[0].values()) & set(kept.values())
 
 
 @pytest.mark.parametrize(("units", "num"), [(12, 4), (10, 4), (7, 7), (64, 8), (5, 1)])
@@ -215,12 +276,12 @@ def test_autocast_takes_the_masked_backend() -> None:
 @torch.no_grad()
 def test_an_activation_inside_the_product_is_the_same(act: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = torch.randn(7, D), torch.randn(OUT, D), torch.randn(OUT)
-    after = None if act is None else ops._ACTS[act]
-    assert act is None or ops.act_name(ops._ACTS[act]) == act
+    after = None if act is None else products.ACTS[act]
+    assert act is None or products.act_name(products.ACTS[act]) == act
     expected = F.linear(x, weight, bias)
     for least in (0, 1 << 60):
-        monkeypatch.setattr(ops, "ONEDNN_MACS", least)
-        found = ops.gemm(x, weight, bias, after)
+        monkeypatch.setattr(products, "ONEDNN_MACS", least)
+        found = products.gemm(x, weight, bias, after)
         torch.testing.assert_close(found, expected if after is None else after(expected), rtol=1e-5, atol=1e-5)
 
 

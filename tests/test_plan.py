@@ -12,7 +12,7 @@ import torch
 from tiny import CONFIG, Mine, Random, adapted, half_width, images, plan_of, vit
 from torch import nn
 
-from acmize import AcmConfig, AcmizeError, Plan, ops
+from acmize import AcmConfig, AcmizeError, Plan, ops, products
 from acmize.cost import count_macs
 from acmize.gates import choosing, gates_of
 from acmize.hosts import make_plan
@@ -193,21 +193,21 @@ def test_what_is_computed_in_vain_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(ops, "OVERHEAD_MACS", overhead)
         with choosing(model, Random(1)):
             spent[overhead] = count_macs(model, x)
-    products = sum(e.num_learners for e in plan.entries)
-    assert 0 < spent[2000] - spent[0] <= 2000 * ops.HEADS_OVERHEAD * products
+    runs = sum(e.num_learners for e in plan.entries)
+    assert 0 < spent[2000] - spent[0] <= 2000 * ops.HEADS_OVERHEAD * runs
     assert spent[10**9] > spent[2000]
 
 
 @torch.no_grad()
 def test_products_by_onednn_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not ops._onednn(torch.zeros(1)):
+    if not products.onednn_for(torch.zeros(1)):
         pytest.skip("no oneDNN here")
     monkeypatch.setattr(ops, "OVERHEAD_MACS", 0)
     model, _ = adapted(vit())
     counted = {}
     for least in (1 << 60, 0):  # all by the default library, all by oneDNN
-        monkeypatch.setattr(ops, "ONEDNN_MACS", least)
-        monkeypatch.setattr(ops, "_rows", lambda count, *_: count)
+        monkeypatch.setattr(products, "ONEDNN_MACS", least)
+        monkeypatch.setattr(ops, "rows_for", lambda count, *_: count)
         with choosing(model, Random(1)):
             counted[least] = count_macs(model, images(3))
     assert counted[0] == counted[1 << 60] > 0

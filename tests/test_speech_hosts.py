@@ -13,8 +13,9 @@ from tiny import CONFIG, Random, half_width
 from tiny_speech import ALONE, EXAMPLE, HOSTS, PADDED, adapted, inputs_for, logits
 from torch import Tensor, nn
 
-from acmize import AcmConfig, AcmizeError
+from acmize import AcmConfig, AcmizeError, products
 from acmize.adaptive import AcmMlp
+from acmize.bench import same_products
 from acmize.controls import gates_share, static_width, workload
 from acmize.cost import count_macs
 from acmize.damage import collect_damage
@@ -27,7 +28,7 @@ from acmize.inputs import Inputs, forward
 from acmize.insert import convert_
 from acmize.layers import Expand
 from acmize.ops import use_backend
-from acmize.padding import class_path
+from acmize.padding import class_path, few_shapes
 from acmize.plan import Plan, Site
 from acmize.recording import AdaptiveModule, record
 from acmize.site_times import site_times
@@ -223,6 +224,44 @@ def test_a_copy_has_padding_of_its_own() -> None:
     assert ours[0] is not theirs[0]
     batch = inputs_for(dense, (EXAMPLE, 1000))
     torch.testing.assert_close(logits(_priced(copied), batch), logits(_priced(model), batch))
+
+
+@torch.no_grad()
+def test_inside_an_encoder_shapes_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adaptive or dense, of any length; outside, and after an error, numbers of rows are what they are."""
+    seen: list[tuple[bool, int]] = []
+    gemm = torch.ops.mkldnn._linear_pointwise
+
+    def noted(x: Tensor, *rest: Any) -> Tensor:
+        seen.append((bool(products._thread.ragged), len(x)))
+        return gemm(x, *rest)
+
+    monkeypatch.setattr(products, "ONEDNN_MACS", 0)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", noted)
+    dense = HOSTS["hubert"]()
+    model, _ = adapted(dense)
+    alike, rival = same_products(dense), same_products(dense)
+    few_shapes(rival)
+    lengths = (EXAMPLE, EXAMPLE - 900)
+    for made in (model, alike, rival):
+        seen.clear()
+        for length in lengths:
+            batch = inputs_for(dense, (length,))
+            with choosing(model, full_width):
+                torch.testing.assert_close(logits(made, batch), logits(dense, batch), rtol=1e-3, atol=1e-4)
+        inside, outside = ({rows for ragged, rows in seen if ragged is where} for where in (True, False))
+        assert {_frames(dense, n) for n in lengths} <= outside  # what projects the features, in all of them
+        assert bool(inside) == (made is not alike)
+        assert all(rows % 16 == 0 for rows in inside)
+
+    def broken(*_: Any) -> None:
+        assert products._thread.ragged
+        raise RuntimeError("broken")
+
+    model.get_submodule("hubert.encoder.layers.0").register_forward_pre_hook(broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        logits(model, inputs_for(dense))
+    assert not products._thread.ragged
 
 
 # --- cost -----------------------------------------------------------------------------------------------------
