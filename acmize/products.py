@@ -3,7 +3,7 @@
 PyTorch multiplies by its default BLAS. oneDNN, which it also carries, is twice as fast on some processors, but compiles
 a kernel for every number of rows that it has not met: one to two milliseconds, where a layer of a small model takes a
 third of one. So products of a part of the tokens run on rounded numbers of rows (`rows_for`), and inside an encoder
-whose inputs have ever new lengths (`enter_ragged`) all do.
+whose inputs have ever new lengths (`enter_ragged`) next to all do.
 
 Fresh pages of memory cost more than what is written to them. What lives for one product alone is written to memory that
 the next one uses again.
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 Act = Callable[[Tensor], Tensor]
 ONEDNN_MACS = 1_000_000  # a product from which on oneDNN's own preparations are small beside it
+KERNEL_MACS = 400_000_000  # a product up to which compiling a kernel for it costs more than more rows in all layers do
 WORK = 1 << 18  # numbers from which on memory is kept and used again
 
 
@@ -68,13 +69,14 @@ def gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: Act | None 
         bias: (O,).
         act: elementwise, or None.
     """
-    large = len(x) * weight.numel() >= ONEDNN_MACS and (weight.is_contiguous() or weight.T.is_contiguous())
-    if not (large and onednn_for(x)):
+    macs = len(x) * weight.numel()
+    if macs < ONEDNN_MACS or not (weight.is_contiguous() or weight.T.is_contiguous()) or not onednn_for(x):
         y = F.linear(x, weight, bias)
         return y if act is None else act(y)
     post = None if act is None else POST_OPS.get(act_name(act) or "")
     name, algorithm = post or ("none", "")
-    y = torch.ops.mkldnn._linear_pointwise(_without_gaps(x), weight, bias, name, [], algorithm)[: len(x)]
+    rows = rounded(len(x)) if _thread.ragged and macs < KERNEL_MACS else len(x)
+    y = torch.ops.mkldnn._linear_pointwise(_ready(x, rows), weight, bias, name, [], algorithm)[: len(x)]
     return y if act is None or post else act(y)
 
 
@@ -115,7 +117,7 @@ _thread = _Thread()
 
 
 def enter_ragged() -> None:
-    """From here to `leave_ragged` all products of this thread run on rounded numbers of rows.
+    """From here to `leave_ragged` products of this thread run on rounded numbers of rows, but for very large ones.
 
     For inputs of ever new lengths: where they are all alike it would only cost.
     """
@@ -141,24 +143,23 @@ def rounded(count: int) -> int:
 
 
 def in_order(x: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` of x (M, D), all of them, and zeros behind them; valid until the next call."""
-    out = _room("order", x)
+    """Rows `index` of x (M, D), all of them, and perhaps zeros behind them; valid until the next call."""
+    out = _room("order", x, rounded(len(x)) if _thread.ragged else len(x))
     torch.index_select(x, 0, index, out=out[: len(x)])
     return out
 
 
-def _without_gaps(x: Tensor) -> Tensor:
-    """Rows of x as oneDNN reads them, which would copy what has gaps itself, to fresh memory."""
-    if x.is_contiguous() and not (_thread.ragged and len(x) != rounded(len(x))):
+def _ready(x: Tensor, rows: int) -> Tensor:
+    """X, zeros behind it, as oneDNN reads it: rows with gaps it would copy itself, to fresh memory."""
+    if rows == len(x) and x.is_contiguous():
         return x
-    out = _room("rows", x)
+    out = _room("rows", x, rows)
     out[: len(x)] = x
     return out
 
 
-def _room(purpose: str, x: Tensor) -> Tensor:
-    """Memory for the rows of x; inside `enter_ragged` for a rounded number of them, those beyond zero."""
-    rows = rounded(len(x)) if _thread.ragged else len(x)
+def _room(purpose: str, x: Tensor, rows: int) -> Tensor:
+    """Memory for `rows` rows like those of x; zero beyond as many as x has."""
     size = rows * x.shape[1]
     if x.device.type != "cpu" or size < WORK:
         out = x.new_empty(rows, x.shape[1])
