@@ -30,7 +30,7 @@ from torch import Tensor
 
 from acmize.kernels import linear
 from acmize.kernels.order import order_on_device
-from acmize.products import ACTS, Act, act_name, gemm, in_order, rows_for
+from acmize.products import ACTS, Act, act_name, gathered, gemm, rows_for
 
 Up = tuple[Tensor, Tensor | None]
 BACKENDS = ("masked", "sorted", "triton")
@@ -275,7 +275,7 @@ def expand_sorted(
     if order.full:
         y = gemm(x_MD, weight, bias)
         return y if out is None else out.copy_(y)
-    x = in_order(x_MD, order.index)
+    x = gathered(x_MD, order.index)
     h = x.new_zeros(len(x_MD), heads, weight.shape[0] // heads)
     w = weight.unflatten(0, (heads, -1))
     b = None if bias is None else bias.unflatten(0, (heads, -1))
@@ -296,7 +296,7 @@ def contract_sorted(
         return gemm(h_MU, weight, table[-1])
     y = table.index_select(0, order.choice)
     w = weight.T.unflatten(0, (heads, -1))
-    h = in_order(h_MU, order.index).unflatten(-1, (heads, -1))
+    h = gathered(h_MU, order.index).unflatten(-1, (heads, -1))
     cut_(h[: len(h_MU)], order, bounds)
     for run in plan_runs(order.counts, bounds, weight.shape[0], heads):
         part_w = w[:, run.lo : run.hi].flatten(0, 1).T
@@ -320,7 +320,7 @@ def mlp_sorted(
         hidden = _hidden(x_MD, _part(ups, 0, hi), act)
         hidden *= _runs_unit(tuple(bounds), 0, hi, hidden.dtype, hidden.device).index_select(0, choice)
         return gemm(hidden, down[:, :hi]) + table.index_select(0, choice)
-    x = in_order(x_MD, order.index)
+    x = gathered(x_MD, order.index)
     y = table.index_select(0, order.choice)
     for run in runs:
         part_w = down[:, run.lo : run.hi]

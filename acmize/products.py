@@ -75,7 +75,7 @@ def gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: Act | None 
         return y if act is None else act(y)
     post = None if act is None else POST_OPS.get(act_name(act) or "")
     name, algorithm = post or ("none", "")
-    rows = rounded(len(x)) if _thread.ragged and macs < KERNEL_MACS else len(x)
+    rows = _rounded(len(x)) if _thread.ragged and macs < KERNEL_MACS else len(x)
     y = torch.ops.mkldnn._linear_pointwise(_ready(x, rows), weight, bias, name, [], algorithm)[: len(x)]
     return y if act is None or post else act(y)
 
@@ -133,18 +133,18 @@ def rows_for(count: int, x: Tensor, weight: Tensor) -> int:
     """Rows of x to multiply with weight for the first `count` tokens: one of few numbers, at least `count`."""
     if count * weight.numel() < ONEDNN_MACS or not onednn_for(x):
         return count
-    return min(len(x), rounded(count))
+    return min(len(x), _rounded(count))
 
 
-def rounded(count: int) -> int:
+def _rounded(count: int) -> int:
     """The next of few numbers: four significant bits, at least 16; at most an eighth more, in the mean 3 %."""
     step = max(16, 1 << max(0, count.bit_length() - 4))
     return -(-count // step) * step
 
 
-def in_order(x: Tensor, index: Tensor) -> Tensor:
+def gathered(x: Tensor, index: Tensor) -> Tensor:
     """Rows `index` of x (M, D), all of them, and perhaps zeros behind them; valid until the next call."""
-    out = _room("order", x, rounded(len(x)) if _thread.ragged else len(x))
+    out = _room("order", x, _rounded(len(x)) if _thread.ragged else len(x))
     torch.index_select(x, 0, index, out=out[: len(x)])
     return out
 

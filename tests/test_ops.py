@@ -177,14 +177,31 @@ def test_onednn_and_rounded_rows_agree(kind: str, ragged: bool, monkeypatch: pyt
 @torch.no_grad()
 def test_all_tokens_together_or_sorted_agree(kind: str, together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Moving tokens to their places in the order may cost more than what they would compute in vain."""
-    moved, in_order = [], ops.in_order
+    moved, gathered = [], ops.gathered
     monkeypatch.setattr(ops, "MOVE_MACS", 10**9 if together else -(10**9))
-    monkeypatch.setattr(ops, "in_order", lambda x, index: (moved.append(len(x)), in_order(x, index))[1])
+    monkeypatch.setattr(ops, "gathered", lambda x, index: (moved.append(len(x)), gathered(x, index))[1])
     choice, low = choices(kind), LowRank(D, OUT, BOUNDS["uneven"])
     low.fc2.learner_bias.normal_()
     x = torch.randn(len(choice), D)
     torch.testing.assert_close(low(x, Decision(choice)), low.masked(x, Decision(choice)), rtol=1e-5, atol=1e-5)
     assert bool(moved) == (not together and kind not in ("empty", "all zero", "all full"))
+
+
+@torch.no_grad()
+def test_very_large_products_keep_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among inputs of ever new lengths: a kernel more is small beside them, more rows in every layer are not."""
+    used: list[int] = []
+    gemm = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(products._thread, "ragged", 1)
+    monkeypatch.setattr(products, "ONEDNN_MACS", 0)
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_linear_pointwise", lambda x, *rest: (used.append(len(x)), gemm(x, *rest))[1]
+    )
+    x, weight = torch.randn(23, D), torch.randn(OUT, D)
+    for most in (23 * D * OUT + 1, 23 * D * OUT):
+        monkeypatch.setattr(products, "KERNEL_MACS", most)
+        torch.testing.assert_close(products.gemm(x, weight), F.linear(x, weight))
+    assert used == [32, 23]
 
 
 @torch.no_grad()
