@@ -17,6 +17,7 @@ import torch
 from acmize.__about__ import __version__
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "datasets", "numpy", "pillow", "torchaudio")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # in malloc.h
 
 
 def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -60,6 +61,18 @@ def release_memory() -> None:
     """Give freed memory back to the system: glibc keeps pieces of it that the next large tensors do not fit into."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_memory(kept: bool = True) -> None:
+    """Have glibc keep freed memory for the next tensors; or, not `kept`, give back what large tensors leave at once.
+
+    glibc decides by the sizes it has seen freed, so one and the same call finds its memory warm in one process and pays
+    for new pages in another. What is set here stays, as what `MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_` set.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 1 << 25 if kept else 1 << 16)  # the largest that it takes
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30 if kept else 1 << 16)
 
 
 def fresh_peak_bytes() -> int:

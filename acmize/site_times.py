@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from acmize.cost import evaluating
+from acmize.environment import keep_memory
 from acmize.fusion import fuse_
 from acmize.gates import Choose, Gate, choosing
 from acmize.inputs import Batch, forward
@@ -53,6 +54,7 @@ def site_times(dense: nn.Module, plan: Plan, inputs: Batch, seed: int = 0) -> li
         inputs: a batch, on the device and of the size that matters.
         seed: of the random choices.
     """
+    keep_memory()  # or the dense layers, whose results are the larger ones, pay for new pages at every call
     places = {gate_at: (_place(entries), entries) for gate_at, entries in plan.by_gate().items()}
     adaptive = convert_(copy.deepcopy(dense), replace(plan, merging=None))
     plain = copy.deepcopy(dense)

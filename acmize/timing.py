@@ -6,13 +6,14 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from acmize.environment import fresh_peak_bytes, peak_bytes
+from acmize.environment import fresh_peak_bytes, keep_memory, peak_bytes
 from acmize.errors import AcmizeError
 
 REPEATS, WARMUP = 30, 8  # oneDNN compiles a kernel for each shape it meets first
@@ -83,6 +84,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of every call on every input; an input goes through all calls before the next one comes.
 
+    Freed memory is kept for the next tensors from here on (`keep_memory`), for all calls alike.
+
     Args:
         calls: name -> call. Their order turns by one every second input and is reversed at every other one, so that
             none always follows the same.
@@ -93,6 +96,7 @@ def interleaved(
     Returns:
         Name -> seconds, in the order of the inputs.
     """
+    keep_memory()
     names, seconds = list(calls), {name: [] for name in calls}
     for number, item in enumerate(inputs):
         first = number // 2 % len(names)
@@ -153,8 +157,9 @@ def threads(count: int | None) -> Iterator[None]:
 def peak_mb(run: Callable[[], object], device: str) -> float:
     """Megabytes (1e6 bytes) that a call needs at its peak beyond what is held before it.
 
-    On a GPU as PyTorch's allocator counts them. On Linux by resetting the kernel's record of the process's largest
-    resident size; elsewhere by how far the call raises that record, which says 0 after a larger call.
+    On a GPU as PyTorch's allocator counts them. Else in a fresh thread, so that what a thread keeps from call to call
+    counts too. On Linux by resetting the kernel's record of the process's largest resident size; elsewhere by how far
+    the call raises that record, which says 0 after a larger call.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -163,6 +168,17 @@ def peak_mb(run: Callable[[], object], device: str) -> float:
         run()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    before = fresh_peak_bytes()
-    run()
-    return max(peak_bytes() - before, 0) / 1e6
+    inference = torch.is_inference_mode_enabled()
+
+    def measured() -> float:
+        with torch.inference_mode(inference):
+            before = fresh_peak_bytes()
+            run()
+            return max(peak_bytes() - before, 0) / 1e6
+
+    keep_memory(False)  # a tensor that is gone is gone: what is left counts
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(measured).result()
+    finally:
+        keep_memory()
