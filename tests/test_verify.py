@@ -197,6 +197,14 @@ def test_a_wrong_merge_is_found(model: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert failed(model) == {("sorted", "merged tokens, median")}
 
 
+def test_a_model_that_merges_tokens_and_nothing_else() -> None:
+    merging = converted({"phases": [], "exclude": ["blocks.*"]})
+    assert gates_of(merging) == []
+    checks = check(merging)
+    assert [c for c in checks if not c.ok] == []
+    assert ("sorted", "merged tokens, median") in {(c.check, c.what) for c in checks}
+
+
 def test_compiled(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the compiler's front end alone, which is what reads the gates; the rest takes minutes."""
     del model.blocks[2:]
