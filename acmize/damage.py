@@ -59,6 +59,11 @@ class GateData:
         """Whether this process has the rows."""
         return self.owner == parallel.rank()
 
+    def of(self, places: Tensor) -> GateData:
+        """Some of the rows; places (n,) are the same in every process."""
+        here = (t[places] if self.here else t for t in (self.x, self.damage, self.dial))
+        return GateData(*here, owner=self.owner, count=None if self.count is None else len(places))
+
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Places of `count` rows, drawn alike by every process."""
         return torch.randint(len(self), (min(count, len(self)),), generator=generator)

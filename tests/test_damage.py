@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ import torch.nn.functional as F
 from tiny import Mine, adapted, half_width, images, inputs_for, vit
 from torch import Tensor
 
-from acmize.damage import collect_damage
+from acmize.damage import GateData, collect_damage
 from acmize.decision import Decision
-from acmize.gates import Gate, choosing, full_width, gates_of, set_dial
+from acmize.gates import DamageGate, Gate, GateSpec, choosing, full_width, gates_of, set_dial
 from acmize.losses import gamma_deviance
+from acmize.phases import pretrain_gates
 from acmize.phases.pretrain_gates import fit_damage_gates
 
 
@@ -223,8 +225,11 @@ def test_inputs_are_held_in_half_of_the_memory_and_fitted_alike() -> None:
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.1)
 
 
-def test_a_gate_that_is_wrong_beyond_bounds_starts_afresh_and_one_that_knows_goes_on() -> None:
+def test_a_gate_that_is_wrong_beyond_bounds_starts_afresh_and_one_that_knows_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Present predictions of e^-20 for damages of about 1 have gradients that AdamW does not recover from."""
+    monkeypatch.setattr(pretrain_gates, "FEW", 0)
     dense: Any = vit()
     model: Any = adapted(dense)[0]
     data = collect(model, dense, images(8, seed=4), draws=2)
@@ -241,3 +246,40 @@ def test_a_gate_that_is_wrong_beyond_bounds_starts_afresh_and_one_that_knows_goe
     for gate, rows in data.items():
         mean = rows.damage.mean(0).log().expand_as(rows.damage)
         assert gamma_deviance(gate.log_damage(rows.x), rows.damage) < gamma_deviance(mean, rows.damage)
+
+
+def noise_rows(count: int, seed: int) -> GateData:
+    """Damages that the inputs say nothing about, but in the first learner, where they say all."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 32, generator=generator)
+    damage = torch.randn(count, 1, 4, generator=generator).mul(2).exp()
+    damage[:, 0, 0] = x[:, 0].exp()
+    return GateData(x, damage, torch.zeros(count, 1))
+
+
+def test_few_rows_are_not_learnt_by_heart(monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = noise_rows(4000, 1)
+
+    def predicted() -> Tensor:
+        gate = DamageGate(GateSpec(dim=32, hidden=16, learner_macs=((1,) * 4,), gate_macs=(1,), macs_total=8))
+        fit_damage_gates({gate: noise_rows(300, 0)}, steps=400, seed=1)
+        return gate.log_damage(fresh.x, fresh.dial).detach()
+
+    stopped = predicted()
+    monkeypatch.setattr(pretrain_gates, "FEW", 0)
+    by_heart, mean = predicted(), noise_rows(300, 0).damage.mean(0).log().expand_as(fresh.damage)
+    nothing = gamma_deviance(mean, fresh.damage)
+    assert gamma_deviance(by_heart, fresh.damage) > nothing + 1, "400 steps learn 300 rows by heart"
+    assert gamma_deviance(stopped, fresh.damage) < nothing + 0.1
+    assert (stopped - stopped.mean(0)).abs().max() > 0.1, "and what inputs do say is learnt"
+
+
+def test_the_best_of_a_fit_survives_a_resume(tmp_path: Path) -> None:
+    def fitted(folder: Path, resume: bool) -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(0)
+        gate = DamageGate(GateSpec(dim=32, hidden=16, learner_macs=((1,) * 4,), gate_macs=(1,), macs_total=8))
+        fit_damage_gates({gate: noise_rows(300, 0)}, steps=100, seed=1, checkpoint=folder, resume=resume)
+        return tuple(p.detach().clone() for p in gate.parameters())
+
+    whole = fitted(tmp_path, False)
+    assert all(torch.equal(a, b) for a, b in zip(whole, fitted(tmp_path, True), strict=True))

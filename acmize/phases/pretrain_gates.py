@@ -7,6 +7,7 @@ Shapes: M tokens, D input width, G groups, N learners, K = N + 1 choices.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,11 @@ from acmize.phases._loop import FitConfig, History, fit
 from acmize.recording import AdaptiveModule
 
 ROWS = 4096  # inputs of a gate that are looked at at once
+FEW, HELD, LOOK = (
+    8192,
+    0.2,
+    10,
+)  # fewer rows than this: the share held back, and after how many steps they are looked at
 
 
 def fit_damage_gates(
@@ -43,7 +49,9 @@ def fit_damage_gates(
 ) -> History:
     """Regress each gate's log damage on its input by the Gamma deviance.
 
-    Inputs are standardised while fitting; the scale is folded into the first layer afterwards.
+    Inputs are standardised while fitting; the scale is folded into the first layer afterwards. A gate with few rows,
+    as those that decide once a sample have, learns them by heart within some steps: it ends as it was when a part of
+    them that is held back said that it was best, perhaps at its start, which knows the mean alone.
 
     Args:
         data: from `collect_damage`.
@@ -57,7 +65,7 @@ def fit_damage_gates(
         resume: go on from the checkpoint there.
     """
     generator = torch.Generator().manual_seed(seed)
-    holders = nn.ModuleList(data)
+    data, held = _held_back(data, generator)
     scales: dict[DamageGate, tuple[Tensor, Tensor]] = {}
     for gate, rows in data.items():
         if not isinstance(gate, DamageGate):
@@ -71,21 +79,80 @@ def fit_damage_gates(
             _start(gate, log_mean, generator)
         scales[gate] = mean, std
 
-    def deviance(gate: Any, rows: GateData, i: Tensor) -> Tensor:
+    def deviance(gate: Any, rows: GateData, i: Any) -> Tensor:
         (mean, std), device = scales[gate], gate.fc1.weight.device
         x = (rows.x[i].float() - mean) / std  # of these rows only: all inputs of all gates are gigabytes
         prediction = gate.log_damage(x.to(device), rows.dial[i].to(device))
         return gamma_deviance(prediction, rows.damage[i].to(device))
 
+    under_way = _UnderWay(data, held, deviance)
+    fitted = _summed(data, batch_tokens, deviance)
+
+    def loss(step_seed: Tensor, step: int) -> dict[str, Tensor]:
+        if step % LOOK == 0:
+            under_way.look()
+        return fitted(step_seed, step)
+
     config = FitConfig(epochs=1, lr=lr, min_lr=lr / 10, clip_norm=None, seed=seed, checkpoint_every=10**9)
     try:
-        return fit(
-            name=name, model=holders, loss=_summed(data, batch_tokens, deviance), batches=_seeds(seed, steps),
-            steps_per_epoch=steps, config=config, checkpoint=checkpoint, resume=resume,
+        history = fit(
+            name=name, model=under_way, loss=loss, batches=_seeds(seed, steps), steps_per_epoch=steps, config=config,
+            checkpoint=checkpoint, resume=resume,
         )  # fmt: skip
+        under_way.look()
+        under_way.put_back_()
+        return history
     finally:
         for gate, (mean, std) in scales.items():
             _fold(gate, mean, std)
+
+
+def _held_back(
+    data: dict[Gate, GateData], generator: torch.Generator
+) -> tuple[dict[Gate, GateData], dict[Gate, GateData]]:
+    """The rows that each gate is fitted on, and those held back where there are few; the same in every process."""
+    fitted, held = dict(data), {}
+    for gate, rows in data.items():
+        if len(rows) < FEW and (count := int(HELD * len(rows))):
+            order = torch.randperm(len(rows), generator=generator)
+            held[gate], fitted[gate] = rows.of(order[:count]), rows.of(order[count:])
+    return fitted, held
+
+
+class _UnderWay(nn.Module):
+    """Gates while they are fitted and, of those with rows held back, the best so far: one state in a checkpoint.
+
+    Args:
+        data: the gates.
+        held: rows held back.
+        deviance: of a gate on some of its rows.
+    """
+
+    least: Tensor
+
+    def __init__(
+        self, data: dict[Gate, GateData], held: dict[Gate, GateData], deviance: Callable[[Any, GateData, Any], Tensor]
+    ) -> None:
+        super().__init__()
+        self.gates = nn.ModuleList(data)
+        self.best = nn.ModuleList(copy.deepcopy(gate).requires_grad_(False) for gate in held)
+        self.register_buffer("least", torch.full((len(held),), torch.inf))
+        self._held, self._deviance = held, deviance
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Keep each gate that predicts the rows held back better than it has done before."""
+        for number, (gate, rows) in enumerate(self._held.items()):
+            found = self._deviance(gate, rows, slice(None)).cpu() if rows.here else None
+            found = parallel.from_owner(found, rows.owner)
+            if found < self.least[number]:
+                self.least[number] = found
+                self.best[number].load_state_dict(gate.state_dict())
+
+    def put_back_(self) -> None:
+        """Every gate as it was when it was best."""
+        for gate, best in zip(self._held, self.best, strict=True):
+            gate.load_state_dict(best.state_dict())
 
 
 def _seeds(seed: int, steps: int) -> Any:
@@ -93,7 +160,7 @@ def _seeds(seed: int, steps: int) -> Any:
 
 
 def _summed(
-    data: dict[Gate, GateData], batch_tokens: int, error: Callable[[Any, GateData, Tensor], Tensor]
+    data: dict[Gate, GateData], batch_tokens: int, error: Callable[[Any, GateData, Any], Tensor]
 ) -> Callable[[Tensor, int], dict[str, Tensor]]:
     """A step's loss: the sum over gates of `error(gate, rows, places drawn)`, each computed where its rows are."""
 
