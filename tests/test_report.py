@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ def test_it_says_what_was_measured(page: Path, model: Any) -> None:
         assert [len(m) for m in shown["maps"]] == [16] * 3
         assert len(shown["cost"]) == len(shown["guess"]) == 3
     mean = [sum(found["pictures"][i]["cost"]) for i in found["dearest"] + found["cheapest"][::-1]]
-    assert mean == sorted(mean, reverse=True)
+    assert all(first >= second - 3e-4 for first, second in pairwise(mean))  # three costs, each of four digits
 
 
 def test_the_survey_finds_what_is_lost(model: Any) -> None:
