@@ -80,7 +80,8 @@ class TrainOptions:
     `randaugment` and `hflip` (probability; 0 where left and right differ, as with digits) serve phase 1 too. In speech,
     SpecAugment: `masks` stretches of time, each up to `mask_time` of the frames, and as many of channels, each up to
     `mask_channels` of them. With `interpolate`, how far to go from the weights before phase 3 is chosen on the held-out
-    images. With `shard`, several processes divide weights, gradients and optimizer states (FSDP2).
+    images. With `batch_norm`, BatchNorm is trained too, on the statistics of batches, in place of keeping those of the
+    dense model. With `shard`, several processes divide weights, gradients and optimizer states (FSDP2).
     """
 
     epochs: int = 12
@@ -100,6 +101,7 @@ class TrainOptions:
     crop_scale: tuple[float, float] = (0.35, 1.0)
     crop_pad: int | None = None
     hflip: float = 0.5
+    batch_norm: bool = False
     interpolate: bool = True
     shard: bool = False
 

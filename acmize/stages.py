@@ -235,7 +235,7 @@ def _finetune(job: Conversion) -> None:
         history = finetune(
             job.model, job.dense, job.plan, job.calibration, batches, steps_per_epoch=steps, losses=losses,
             config=loop, task=job.images.task, mix=mix, gates={k: v for k, v in gates.items() if v is not None},
-            shard=train.shard, **job.checkpoint(),
+            batch_norm=train.batch_norm, shard=train.shard, **job.checkpoint(),
         )  # fmt: skip
     job.note(history)
     job.measured["finetune_loss"] = [round(terms["loss"], 4) for terms in history.logs]

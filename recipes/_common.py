@@ -97,13 +97,24 @@ def photographs(smoke: bool) -> Any:
     return digits_dataset() if smoke else str(assets() / "data" / "imagenet_mini")
 
 
+def training_options(made: argparse.ArgumentParser, epochs: int, lr: float) -> None:
+    """Arguments of the ResNet-20 recipes for phase 3."""
+    made.add_argument("--data", help="folder of CIFAR-10 (default: that of ACMIZE_ASSETS, 10,000 training images)")
+    made.add_argument("--epochs", type=int, default=epochs, help="of phase 3 and of the trained static control")
+    made.add_argument("--lr", type=float, default=lr, help="of phase 3")
+    made.add_argument("--weight-decay", type=float, default=0.01, help="of phase 3")
+    made.add_argument("--batch-norm", action="store_true", help="train BatchNorm too, on the statistics of batches")
+
+
 def cifar10_options(args: Any, method: str) -> tuple[Any, dict[str, Any]]:
     """The data of the ResNet-20 recipes (--data, or that of ACMIZE_ASSETS), and the options that they share."""
     train = {
         "epochs": 1 if args.smoke else args.epochs,
         "lr": args.lr,
         "crop_pad": 4,
-        "warmup": 0.1,
+        "weight_decay": args.weight_decay,
+        "batch_norm": args.batch_norm,
+        "warmup": 0.05,
         "interpolate": False,
     }
     budgets = tuple(args.budgets)

@@ -74,7 +74,7 @@ def control_(
         with choosing(model, choose, probe=True):
             history = finetune(
                 model, bench.model, model.plan, calibration, batches, steps_per_epoch=steps, losses=recipe.losses,
-                config=loop, checkpoint=path.with_suffix(".work"), resume=True,
+                config=loop, batch_norm=train.batch_norm, checkpoint=path.with_suffix(".work"), resume=True,
             )  # fmt: skip
         _keep(path, model, history)
     model.load_state_dict(load_tensors(path))

@@ -43,9 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Train what is missing, print the table."""
     parser = common.parser(__doc__ or "", __file__, (0.8, 0.7, 0.6))
-    parser.add_argument("--data", help="folder of CIFAR-10 (default: that of ACMIZE_ASSETS, 10,000 training images)")
-    parser.add_argument("--epochs", type=int, default=4, help="of phase 3 and of the trained static control")
-    parser.add_argument("--lr", type=float, default=5e-4, help="of phase 3")
+    common.training_options(parser, epochs=4, lr=5e-4)
     parser.add_argument("--num-learners", type=int, default=4)
     rows_of = [*VARIANTS, "static"]
     parser.add_argument("--variants", nargs="+", default=rows_of, choices=rows_of)

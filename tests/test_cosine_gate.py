@@ -208,8 +208,10 @@ def test_damage_is_the_squared_first_order_change(resnet: Any) -> None:
     torch.testing.assert_close(rows.damage.flatten().sort()[0], change.detach().sort()[0], rtol=1e-3, atol=1e-10)
 
 
-@pytest.mark.parametrize("gate", ["cosine", "plain", "damage"])
-def test_training_moves_gates_and_keeps_statistics(resnet: nn.Module, gate: Any) -> None:
+@pytest.mark.parametrize(
+    ("gate", "batch_norm"), [("cosine", False), ("plain", False), ("damage", False), ("cosine", True)]
+)
+def test_training_moves_gates_and_statistics_where_asked(resnet: nn.Module, gate: Any, batch_norm: bool) -> None:
     model, plan = adapted(resnet, CosineGateConfig(gate=gate, gate_hidden=4))
     first: Any = model.layer1[0]
     with torch.no_grad():
@@ -222,11 +224,14 @@ def test_training_moves_gates_and_keeps_statistics(resnet: nn.Module, gate: Any)
     history = finetune(
         model, resnet, plan, Calibration(budgets=(0.7,), dials=(dial,)), lambda _: batches, steps_per_epoch=3,
         losses=losses, config=FitConfig(epochs=1, lr=1e-3, log_every=1), gates={"lr": 1e-2, "weight_decay": 0.0},
+        batch_norm=batch_norm,
     )  # fmt: skip
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert any(".gate.fc1.weight" in k for k in changed)
     assert any(".block.conv1.weight" in k for k in changed)
-    assert not any("running" in k or "num_batches" in k for k in changed)
+    statistics = {k for k in before if "running" in k}
+    assert changed & statistics == (statistics if batch_norm else set())
+    assert {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
     assert ("cir" in history.last) == (gate == "cosine")
     assert not any(g.progress < 1 for g in gates_of(model))
 

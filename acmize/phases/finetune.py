@@ -78,6 +78,7 @@ def finetune(
     task: Task | None = None,
     mix: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]] | None = None,
     gates: dict[str, float] | None = None,
+    batch_norm: bool = False,
     shard: bool = False,
     checkpoint: Path | None = None,
     resume: bool = False,
@@ -97,6 +98,7 @@ def finetune(
         task: loss of the labels; None: cross-entropy of classes, -1 unknown.
         mix: mixup or cutmix: (inputs, labels, step) -> (inputs, soft labels).
         gates: `lr` or `weight_decay` of the parameters of gates, where they differ from the rest.
+        batch_norm: train BatchNorm too, on the statistics of batches; see `undisturbed`.
         shard: divide weights, gradients and optimizer states among the processes; there are no checkpoints inside then.
         checkpoint: folder for checkpoints.
         resume: go on from the checkpoint there.
@@ -106,7 +108,7 @@ def finetune(
         with sharded(model) as twin:
             return finetune(
                 twin, teacher, plan, calibration, batches, steps_per_epoch=steps_per_epoch, losses=losses,
-                config=config, task=task, mix=mix, gates=gates, watch=watch,
+                config=config, task=task, mix=mix, gates=gates, batch_norm=batch_norm, watch=watch,
             )  # fmt: skip
     model.train()
     teacher.eval()
@@ -149,7 +151,7 @@ def finetune(
         return {"loss": total, **terms, "compute": compute.mean().detach(), "asked": torch.tensor(budget)}  # pyright: ignore
 
     try:
-        with undisturbed(model):
+        with undisturbed(model, batch_norm):
             return fit(
                 name="finetune", model=model, loss=loss, batches=lambda epoch: parallel.in_step(batches(epoch)),
                 steps_per_epoch=steps_per_epoch, config=config, params=_groups(model, gates or {}),
@@ -166,26 +168,34 @@ def of_classes(smoothing: float = 0.0) -> Task:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module, batch_norm: bool = False) -> Iterator[None]:
     """Inside, a model in train mode draws nothing but its gates' choices: no dropout, and BatchNorm as in eval mode.
 
     Statistics of a batch in which some samples skip a layer would be those of a model that never runs. And a teacher
     without noise teaches a model with dropout to make up for the noise: a small wav2vec2 whose KL to it was .01 had .7
     under a dropout of .1, and was worse at every budget for having been taught so.
+
+    With `batch_norm` BatchNorm is trained like the rest: many epochs at budgets near each other can pay for it. What it
+    keeps for later is a mean over about 100 steps. Statistics are those of all samples of this process, also of those
+    that are to skip the layer: in training nothing is skipped.
     """
     modules = list(model.modules())
     drops = [(m, "p", m.p) for m in modules if isinstance(m, nn.modules.dropout._DropoutNd)]
     drops += [(m, n, vars(m)[n]) for m in modules for n in _RATES if isinstance(vars(m).get(n), float)]
+    batch_norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [m.momentum for m in batch_norms]
     try:
-        for module in modules:
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        for module in batch_norms:
+            module.train(batch_norm and module.training)
+            module.momentum = 0.01
         for module, name, _ in drops:  # not eval mode: attention reads the rate of its dropout
             setattr(module, name, 0.0)
         yield
     finally:
         for module, name, rate in drops:
             setattr(module, name, rate)
+        for module, momentum in zip(batch_norms, momenta, strict=True):
+            module.momentum = momentum
 
 
 def _groups(model: nn.Module, gates: dict[str, float]) -> list[Any] | None:
