@@ -52,7 +52,7 @@ def main() -> None:
     options.pop("acm", None)  # --smoke: options of another method
     data, more = common.cifar10_options(args, "lag")
     # Phase 3 stays near the budgets that are wanted: a network as small as this one pays for every other one.
-    more |= {"losses": {"budgets": (min(budgets) - 0.02, min(0.95, max(budgets) + 0.08))}}
+    more["losses"]["budgets"] = (min(budgets) - 0.02, min(0.95, max(budgets) + 0.08))
     if not args.smoke:
         more |= {"gates": {"images": 4000, "steps": 800, "budgets": (0.5, 0.95)}, "moments": 2000}
     dense = common.resnet20(args)

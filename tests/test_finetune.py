@@ -73,6 +73,25 @@ def test_every_term_is_there_and_finite(model: Any, teacher: Any, batches: Any) 
     assert not model.training
 
 
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_the_temperature_is_that_of_both(
+    model: Any, teacher: Any, batches: Any, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The term is the KL of the softened answers, times the square of the temperature."""
+    answers: list[Tensor] = []
+
+    def spy(*args: Any) -> Any:
+        features, logits = features_and_logits(*args)
+        answers.append(logits.detach() / temperature)
+        return features, logits
+
+    monkeypatch.setattr("acmize.phases.finetune.features_and_logits", spy)
+    logs = run(model, teacher, batches[:1], FinetuneConfig(temperature=temperature))
+    dense, adaptive = (a.log_softmax(-1) for a in answers)
+    expected = (dense.exp() * (dense - adaptive)).sum(-1).mean() * temperature**2
+    assert logs[0]["teacher"] == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_the_teacher_is_not_changed(model: Any, teacher: Any, batches: Any) -> None:
     before = copy.deepcopy(teacher.state_dict())
     run(model, teacher, batches)

@@ -45,6 +45,8 @@ class FinetuneConfig:
         features: weight of the squared distance to the dense model's final features, relative to their variance.
         budget: a_b; entropy: a_e; diversity: a_d (0.1, 0.05, 0.05 in the paper's text and code).
         budgets: range from which a step's budget is drawn; two equal ends train one budget, as published.
+        temperature: of the KL's two distributions. A teacher that knows its training images by heart has but one class
+            to name at 1; what else they look like is in its logits (Hinton et al., arXiv:1503.02531).
     """
 
     task: float = 0.25
@@ -55,11 +57,14 @@ class FinetuneConfig:
     diversity: float = 0.05
     budgets: tuple[float, float] = (0.4, 0.95)
     label_smoothing: float = 0.0
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("task", "teacher", "features", "budget", "entropy", "diversity"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected a weight of at least 0")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: found {self.temperature}, expected a number above 0")
         low, high = self.budgets
         if not 0 < low <= high <= 1:
             raise ValueError(f"budgets: found {self.budgets}, expected 0 < low <= high <= 1")
@@ -136,7 +141,8 @@ def finetune(
         )
         logits, teacher_logits = parallel.gather(logits), parallel.gather(teacher_logits)
         inputs = _answered(inputs)
-        terms = {"teacher": teacher_loss(counted(logits, inputs), counted(teacher_logits, inputs))}
+        answers = counted(logits, inputs), counted(teacher_logits, inputs)
+        terms = {"teacher": teacher_loss(*answers, losses.temperature)}
         terms["task"] = task(logits, inputs, labels)
         terms["features"] = _relative(features, teacher_features)
         spent, dense = plan.account(seen.differentiable(), seen.tokens, plan.schedule(budget))
