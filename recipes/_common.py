@@ -103,7 +103,7 @@ def training_options(made: argparse.ArgumentParser, epochs: int, lr: float) -> N
     made.add_argument("--epochs", type=int, default=epochs, help="of phase 3 and of the trained static control")
     made.add_argument("--lr", type=float, default=lr, help="of phase 3")
     made.add_argument("--weight-decay", type=float, default=0.01, help="of phase 3")
-    made.add_argument("--temperature", type=float, default=1.0, help="of the dense model's answers, as a teacher")
+    made.add_argument("--temperature", type=float, default=4.0, help="of the dense model's answers, as a teacher")
     made.add_argument("--batch-norm", action="store_true", help="train BatchNorm too, on the statistics of batches")
 
 
@@ -120,7 +120,7 @@ def cifar10_options(args: Any, method: str) -> tuple[Any, dict[str, Any]]:
     }
     budgets = tuple(args.budgets)
     more: dict[str, Any] = {"method": method, "budget": budgets[0], "budgets": budgets, "holdout": 0.1, "train": train}
-    more["losses"] = {"temperature": args.temperature}
+    more["losses"] = {"temperature": args.temperature, "budget": 30.0}  # softened answers weigh more: 10 met no .6
     if args.smoke:
         return photographs(True), more
     return args.data or str(assets() / "data" / "cifar10"), {**more, "batch_size": 128}
