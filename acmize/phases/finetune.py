@@ -186,22 +186,20 @@ def undisturbed(model: nn.Module, batch_norm: bool = False) -> Iterator[None]:
     that are to skip the layer: in training nothing is skipped.
     """
     modules = list(model.modules())
-    drops = [(m, "p", m.p) for m in modules if isinstance(m, nn.modules.dropout._DropoutNd)]
-    drops += [(m, n, vars(m)[n]) for m in modules for n in _RATES if isinstance(vars(m).get(n), float)]
     batch_norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [m.momentum for m in batch_norms]
+    inside = [(m, "p", 0.0) for m in modules if isinstance(m, nn.modules.dropout._DropoutNd)]
+    inside += [(m, n, 0.0) for m in modules for n in _RATES if isinstance(vars(m).get(n), float)]
+    inside += [(m, "momentum", 0.01) for m in batch_norms]
+    before = [getattr(m, name) for m, name, _ in inside]
     try:
         for module in batch_norms:
             module.train(batch_norm and module.training)
-            module.momentum = 0.01
-        for module, name, _ in drops:  # not eval mode: attention reads the rate of its dropout
-            setattr(module, name, 0.0)
+        for module, name, rate in inside:  # not eval mode: attention reads the rate of its dropout
+            setattr(module, name, rate)
         yield
     finally:
-        for module, name, rate in drops:
+        for (module, name, _), rate in zip(inside, before, strict=True):
             setattr(module, name, rate)
-        for module, momentum in zip(batch_norms, momenta, strict=True):
-            module.momentum = momentum
 
 
 def _groups(model: nn.Module, gates: dict[str, float]) -> list[Any] | None:

@@ -28,11 +28,8 @@ from acmize.phases._loop import FitConfig, History, fit
 from acmize.recording import AdaptiveModule
 
 ROWS = 4096  # inputs of a gate that are looked at at once
-FEW, HELD, LOOK = (
-    8192,
-    0.2,
-    10,
-)  # fewer rows than this: the share held back, and after how many steps they are looked at
+# Gates with fewer rows than this: the share held back, and after how many steps they are looked at.
+FEW, HELD, LOOK = 8192, 0.2, 10
 
 
 def fit_damage_gates(
