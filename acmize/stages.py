@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from acmize import parallel
-from acmize.batches import mixup
+from acmize.batches import SeededMixup, mixup
 from acmize.checkpoint import read_json, write_json
 from acmize.compensate import compensate_
 from acmize.conversion import LARGE, Conversion
@@ -33,6 +33,7 @@ from acmize.phases.distill import distill, distillable
 from acmize.phases.finetune import drawn_budget, finetune
 from acmize.phases.interpolate import interpolate_
 from acmize.phases.pretrain_gates import collect_errors, fit_classification_gates, fit_damage_gates
+from acmize.recipe import Recipe
 from acmize.site_times import SiteTime, site_times
 
 log = logging.getLogger("acmize")
@@ -220,21 +221,17 @@ def _down_to(low: float, *budgets: float) -> tuple[float, ...]:
 def _finetune(job: Conversion) -> None:
     train, losses = job.recipe.train, job.recipe.losses
     batches, steps = job.images.epochs(job.images.augmented, job.recipe.seed + 1)
-    mix: Any = None
-    if train.mixup > 0 or train.cutmix > 0:
-        classes = int(job.dense.num_classes)  # pyright: ignore[reportArgumentType]
-        mix = mixup(classes, mixup_alpha=train.mixup, cutmix_alpha=train.cutmix, seed=job.recipe.seed)
     loop = job.recipe.loop(
         epochs=train.epochs, lr=train.lr, weight_decay=train.weight_decay, warmup=train.warmup,
         ema_decay=train.ema_decay, accumulate=train.accumulate,
     )  # fmt: skip
-    gates = {"lr": train.gate_lr, "weight_decay": train.gate_decay}
+    gates = {k: v for k, v in {"lr": train.gate_lr, "weight_decay": train.gate_decay}.items() if v is not None}
     assert job.calibration is not None
     before = {name: p.detach().clone() for name, p in job.model.named_parameters()}
     with job.images.training(job.model):
         history = finetune(
             job.model, job.dense, job.plan, job.calibration, batches, steps_per_epoch=steps, losses=losses,
-            config=loop, task=job.images.task, mix=mix, gates={k: v for k, v in gates.items() if v is not None},
+            config=loop, task=job.images.task, mix=mixing(job.recipe, job.dense), gates=gates,
             batch_norm=train.batch_norm, shard=train.shard, **job.checkpoint(),
         )  # fmt: skip
     job.note(history)
@@ -242,6 +239,15 @@ def _finetune(job: Conversion) -> None:
     if train.interpolate:
         scores = interpolate_(job.model, before, _held_out_error(job))
         job.measured["interpolated"] = {f"{share:g}": value for share, value in scores.items()}
+
+
+def mixing(recipe: Recipe, model: nn.Module) -> SeededMixup | None:
+    """What mixes the images of phase 3, where the recipe asks for it; `losses.label_smoothing` alone smooths labels."""
+    train = recipe.train
+    if train.mixup == 0 and train.cutmix == 0:
+        return None
+    options = {"mixup_alpha": train.mixup, "cutmix_alpha": train.cutmix, "label_smoothing": 0.0, "seed": recipe.seed}
+    return mixup(int(model.num_classes), **options)  # pyright: ignore[reportArgumentType]
 
 
 def _held_out_error(job: Conversion) -> Callable[[], float]:

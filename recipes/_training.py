@@ -20,6 +20,7 @@ from acmize.phases.finetune import finetune
 from acmize.recipe import Recipe
 from acmize.recording import record
 from acmize.removal import remove_dead_
+from acmize.stages import mixing
 
 
 def from_scratch_(
@@ -74,7 +75,8 @@ def control_(
         with choosing(model, choose, probe=True):
             history = finetune(
                 model, bench.model, model.plan, calibration, batches, steps_per_epoch=steps, losses=recipe.losses,
-                config=loop, batch_norm=train.batch_norm, checkpoint=path.with_suffix(".work"), resume=True,
+                config=loop, mix=mixing(recipe, bench.model), batch_norm=train.batch_norm,
+                checkpoint=path.with_suffix(".work"), resume=True,
             )  # fmt: skip
         _keep(path, model, history)
     model.load_state_dict(load_tensors(path))
