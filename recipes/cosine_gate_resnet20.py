@@ -67,7 +67,7 @@ def main() -> None:
     options, budgets = common.start(args, __file__), tuple(args.budgets)
     options.pop("acm", None)  # --smoke: options of another method
     data, more = common.cifar10_options(args, "cosine-gate")
-    more["losses"]["budgets"] = (0.58, 0.76)
+    more["losses"]["budgets"] = (min(budgets) - 0.02, min(0.95, max(budgets) + 0.05))
     if not args.smoke:
         more |= {"gates": {"images": 8000, "budgets": (0.5, 0.95)}}  # one row an image: with 2,000 gates fit noise
     dense = common.resnet20(args)
