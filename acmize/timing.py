@@ -73,7 +73,7 @@ def check_device(name: str) -> None:
 
 @dataclass(frozen=True)
 class Call:
-    """Something to time: `run` takes an input; `prepare` comes before it, untimed."""
+    """Something to time: `run` takes an input; `prepare` comes before its turn, untimed."""
 
     run: Callable[[Any], object]
     prepare: Callable[[], None] | None = None
@@ -84,7 +84,10 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of every call on every input; an input goes through all calls before the next one comes.
 
-    Freed memory is kept for the next tensors from here on (`keep_memory`), for all calls alike.
+    Each timed call comes right after an untimed one of the same, on the input before: in service a model follows itself.
+    After another one a small model is half as slow again, in caches full of the other's weights and code; and the first
+    call after a budget was set makes anew what is kept of it. Freed memory is kept for the next tensors from here on
+    (`keep_memory`), for all calls alike.
 
     Args:
         calls: name -> call. Their order turns by one every second input and is reversed at every other one, so that
@@ -97,7 +100,7 @@ def interleaved(
         Name -> seconds, in the order of the inputs.
     """
     keep_memory()
-    names, seconds = list(calls), {name: [] for name in calls}
+    names, seconds, last = list(calls), {name: [] for name in calls}, None
     for number, item in enumerate(inputs):
         first = number // 2 % len(names)
         turned = names[first:] + names[:first]
@@ -105,9 +108,11 @@ def interleaved(
             call = calls[name]
             if call.prepare is not None:
                 call.prepare()
+            call.run(item if number == 0 else last)
             spent = _timed(call.run, item, device)
             if number >= warmup:
                 seconds[name].append(spent)
+        last = item
     return seconds
 
 

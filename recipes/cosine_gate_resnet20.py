@@ -10,7 +10,7 @@ Shows:     rows at one budget (default .71: 29.0 M of 40.6 M MACs) and at .6, al
            plain             the same without CIR (ConvNet-AIG)
            damage            damage gates, trained likewise
            oracle            as published, F(x) is always computed: its budget is what it would execute if it could skip
-           random            the blocks' rates of `predict`, drawn by chance
+           random            the blocks' rates of `predict`, and of `damage`, drawn by chance
            static            the subset of blocks that is nearest to the dense model on held-out images, no gates;
                              label-free, and trained like phase 3
 Data:      CIFAR-10. 10 % of the training images are held out for calibration and the static subset; nothing is chosen
@@ -82,8 +82,8 @@ def main() -> None:
     def adaptive(name: str) -> Any:
         return common.converted(args.output / "models" / name, dense, data, recipe(name))
 
-    def random_row(budget: float) -> common.Row:
-        model = adaptive("predict")
+    def random_row(name: str, budget: float) -> common.Row:
+        model = adaptive(name)
         model.set_budget(budget)
         chance = random_choice(model, histograms(model, bench.held), torch.Generator().manual_seed(args.seed))
         return {"budget": budget, **bench.row(model, model.plan, chance)}
@@ -112,9 +112,8 @@ def main() -> None:
     for name in (v for v in args.variants if v in VARIANTS):
         for budget in budgets:
             rows.measure(f"{name} @ {budget:g}", lambda n=name, b=budget: bench.gated(adaptive(n), b))
-        if name == "predict":
-            for budget in budgets:
-                rows.measure(f"random @ {budget:g}", lambda b=budget: random_row(b))
+        for budget in budgets if name in ("predict", "damage") else ():
+            rows.measure(f"random, as {name} @ {budget:g}", lambda n=name, b=budget: random_row(n, b))
     if "static" in args.variants:
         for trained in (False, True):
             for dropped in (2, 3):

@@ -98,10 +98,10 @@ def test_what_is_timed(model: Any, saved: Path, recordings: Path, monkeypatch: p
     assert 0.1 < row["seconds"] < 0.8  # two of 1500 to 2700 samples at 8 kHz
     assert json.loads(json.dumps(found)) == found
     if seq2seq:
-        rounds = [written[i : i + 6] for i in range(0, len(written), 6)]
+        rounds = [written[i : i + 12] for i in range(0, len(written), 12)]
         assert len(rounds) == 2
-        assert all(some == some[:2] * 3 for some in rounds)
-        assert 1000 * sum(n - 1 for n in rounds[-1][:2]) == pytest.approx(beyond)
+        assert all(some == some[:4] * 3 for some in rounds)  # each model: two recordings untimed, and two timed
+        assert 1000 * sum(n - 1 for n in rounds[-1][2:4]) == pytest.approx(beyond)
 
 
 def test_the_dense_rival_rounds_rows_where_lengths_differ(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
