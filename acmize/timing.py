@@ -84,7 +84,7 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of every call on every input; an input goes through all calls before the next one comes.
 
-    Each timed call comes right after an untimed one of the same, on the input before: in service a model follows itself.
+    Each timed call comes right after an untimed one of the same on the input before: in service a model follows itself.
     After another one a small model is half as slow again, in caches full of the other's weights and code; and the first
     call after a budget was set makes anew what is kept of it. Freed memory is kept for the next tensors from here on
     (`keep_memory`), for all calls alike.
