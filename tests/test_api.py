@@ -21,6 +21,8 @@ from acmize.hosts import make_plan
 from acmize.hub import Adaptive, from_pretrained
 from acmize.models import load_model
 from acmize.quickstart_model import digits, digits_dataset
+from acmize.recipe import resolve
+from acmize.stages import mixing
 
 COLUMNS = {"budget", "macs_ratio", "macs_ratio_std", "macs", "accuracy", "agreement", "kl", "missed"}
 
@@ -140,6 +142,19 @@ def test_mixup_randaugment_ema_and_accumulation_run() -> None:
     train = {"mixup": 0.8, "cutmix": 1.0, "ema_decay": 0.9, "accumulate": 2, "randaugment": "rand-m3-n1"}
     made = converted({"train": train, "phases": ["finetune"]})
     assert all(torch.isfinite(p).all() for p in made.parameters())
+
+
+def test_labels_of_mixed_images_are_shares_of_classes_and_no_more() -> None:
+    model = load_model("acmize_vit_digits")
+    assert mixing(resolve({}), model) is None
+    mix = mixing(resolve({"train": {"cutmix": 1.0}}), model)
+    assert mix is not None
+    images = torch.rand(4, 3, 8, 8)
+    mixed, labels = mix(images, torch.arange(4), 0)
+    assert labels is not None
+    assert not torch.equal(mixed, images)
+    assert ((labels > 0).sum(1) <= 2).all(), "smoothing is the losses' own: it would be done twice"
+    torch.testing.assert_close(labels.sum(1), torch.ones(4))
 
 
 def test_a_train_split_alone_is_measured_on_what_was_held_out() -> None:
