@@ -258,8 +258,7 @@ class SeededMixup:
             step: Number of the batch since the start of the training.
 
         Returns:
-            The mixed images and the probabilities (B, K) float32 of their classes, None without labels.
-            timm mixes
+            The mixed images and the probabilities (B, K) float32 of their classes, None without labels. timm mixes
             pairs: the last image of an odd batch stays as it is.
 
         Raises:

@@ -10,6 +10,7 @@ Processes come from a launcher (`torchrun`, `accelerate launch`); accelerate joi
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,16 +43,29 @@ def join(device: torch.device) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or any(name in os.environ for name in MPI):
         from accelerate import PartialState  # late: it takes a second
 
-        if device.type == "cuda" and not dist.is_initialized():  # statistics lie on the CPU
+        met = dist.is_initialized()
+        if device.type == "cuda" and not met:  # statistics lie on the CPU
             torch.cuda.set_device(device)
             dist.init_process_group("cpu:gloo,cuda:nccl")
         PartialState(cpu=device.type == "cpu")
+        if not met:  # whoever met the others parts from them
+            atexit.register(_leave)
     elif "MASTER_PORT" in os.environ and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
         raise AcmizeError(
             "accelerate launch --cpu: found one process, expected the several that were asked for (it starts them on "
             "a CPU only through mpirun, --mpirun_hostfile); use torchrun --nproc-per-node N -m acmize ..."
         )
     return processes()
+
+
+def _leave() -> None:
+    """Part from the other processes, while Python still runs.
+
+    gloo's threads let go of tensors after the last call has returned; one that does so while the interpreter ends
+    aborts the process ("terminate called without an active exception", pytorch/pytorch#179291).
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def placed(device: str) -> torch.device:

@@ -84,10 +84,10 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of every call on every input; an input goes through all calls before the next one comes.
 
-    Each timed call comes right after an untimed one of the same on the input before: in service a model follows itself.
-    After another one a small model is half as slow again, in caches full of the other's weights and code; and the first
-    call after a budget was set makes anew what is kept of it. Freed memory is kept for the next tensors from here on
-    (`keep_memory`), for all calls alike.
+    Each timed call comes right after one of the same, run untimed on the input before where there are several: in
+    service a model follows itself. After another one a small model is half as slow again, in caches full of the other's
+    weights and code; and the first call after a budget was set makes anew what is kept of it. Freed memory is kept for
+    the next tensors from here on (`keep_memory`), for all calls alike.
 
     Args:
         calls: name -> call. Their order turns by one every second input and is reversed at every other one, so that
@@ -108,7 +108,8 @@ def interleaved(
             call = calls[name]
             if call.prepare is not None:
                 call.prepare()
-            call.run(item if number == 0 else last)
+            if len(names) > 1:
+                call.run(item if number == 0 else last)
             spent = _timed(call.run, item, device)
             if number >= warmup:
                 seconds[name].append(spent)

@@ -16,7 +16,7 @@ from torch import nn
 
 from acmize.api import convert
 from acmize.checkpoint import read_json, write_json
-from acmize.controls import gates_share, static_width
+from acmize.controls import gates_share, histograms, random_choice, static_width
 from acmize.environment import environment
 from acmize.evaluate import Reference, evaluate_at, reference
 from acmize.hub import base_of, from_pretrained
@@ -200,6 +200,12 @@ class Bench:
         """Metrics of an adaptive model at a budget."""
         model.set_budget(budget)
         return {"budget": budget, **self.row(model, model.plan)}
+
+    def random(self, model: Any, budget: float, seed: int) -> Row:
+        """Metrics of chance: every choice drawn from the histogram of its site's gate at this budget, on held rows."""
+        model.set_budget(budget)
+        chance = random_choice(model, histograms(model, self.held), torch.Generator().manual_seed(seed))
+        return {"budget": budget, **self.row(model, model.plan, chance)}
 
     def static(self, model: nn.Module, plan: Plan, budget: float) -> Row:
         """Metrics of static width, with the merging in force; it needs no gates, so their MACs go to learners."""

@@ -31,10 +31,9 @@ from typing import Any
 
 import _common as common
 import _training as training
-import torch
 from torch import nn
 
-from acmize.controls import by_name, gates_share, histograms, random_choice
+from acmize.controls import by_name, gates_share
 from acmize.evaluate import evaluate_at, reference
 from acmize.phases.calibrate import Calibration
 from acmize.plan import Plan
@@ -82,12 +81,6 @@ def main() -> None:
     def adaptive(name: str) -> Any:
         return common.converted(args.output / "models" / name, dense, data, recipe(name))
 
-    def random_row(name: str, budget: float) -> common.Row:
-        model = adaptive(name)
-        model.set_budget(budget)
-        chance = random_choice(model, histograms(model, bench.held), torch.Generator().manual_seed(args.seed))
-        return {"budget": budget, **bench.row(model, model.plan, chance)}
-
     @cache
     def subset(dropped: int) -> dict[str, int]:
         return best_subset(bench, adaptive("label-free"), adaptive("label-free").plan, dropped)
@@ -113,7 +106,9 @@ def main() -> None:
         for budget in budgets:
             rows.measure(f"{name} @ {budget:g}", lambda n=name, b=budget: bench.gated(adaptive(n), b))
         for budget in budgets if name in ("predict", "damage") else ():
-            rows.measure(f"random, as {name} @ {budget:g}", lambda n=name, b=budget: random_row(n, b))
+            rows.measure(
+                f"random, as {name} @ {budget:g}", lambda n=name, b=budget: bench.random(adaptive(n), b, args.seed)
+            )
     if "static" in args.variants:
         for trained in (False, True):
             for dropped in (2, 3):

@@ -32,7 +32,7 @@ from typing import Any
 import _common as common
 import torch
 
-from acmize.controls import histograms, merge_to, random_choice
+from acmize.controls import merge_to
 from acmize.damage import GateData
 from acmize.gates import Gate
 from acmize.hub import from_pretrained
@@ -71,11 +71,7 @@ class Frontier:
 
     def random(self, budget: float) -> common.Row:
         """Each token draws from the histograms of the damage gates at this budget."""
-        model = self.converted("damage")
-        model.set_budget(budget)
-        generator = torch.Generator().manual_seed(self.recipe.seed)
-        choose = random_choice(model, histograms(model, self.bench.held), generator)
-        return {"budget": budget, **self.bench.row(model, model.plan, choose)}
+        return self.bench.random(self.converted("damage"), budget, self.recipe.seed)
 
     def merging(self, budget: float) -> common.Row:
         """The dense model with as many tokens merged as the budget asks for."""

@@ -31,9 +31,7 @@ from torch import nn
 
 import acmize.cifar_models  # noqa: F401 - registers the model of --smoke
 from acmize.checkpoint import load_tensors, save_tensors
-from acmize.controls import histograms, random_choice
 from acmize.models import load_model
-from acmize.phases.calibrate import set_budget
 from acmize.recipe import resolve
 
 NAME = "tf_efficientnet_lite0"
@@ -94,14 +92,7 @@ def main() -> None:
     for budget in sorted(args.budgets, reverse=True):
         rows.measure(f"LAG, damage gates @ {budget}", lambda b=budget: bench.gated(model, b))
         rows.measure(f"one width for all @ {budget}", lambda b=budget: bench.static(model, model.plan, b))
-
-        def drawn(budget: float = budget) -> dict[str, Any]:
-            set_budget(model, model.plan, model.calibration, budget)
-            seen = histograms(model, bench.held)
-            choose = random_choice(model, seen, torch.Generator().manual_seed(args.seed))
-            return {"budget": budget, **bench.row(model, model.plan, choose)}
-
-        rows.measure(f"random width @ {budget}", drawn)
+        rows.measure(f"random width @ {budget}", lambda b=budget: bench.random(model, b, args.seed))
     rows.show(columns())
 
 

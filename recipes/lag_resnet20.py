@@ -28,9 +28,7 @@ from typing import Any
 
 import _common as common
 import _training as training
-import torch
 
-from acmize.controls import histograms, random_choice
 from acmize.recipe import resolve
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -68,12 +66,6 @@ def main() -> None:
     def adaptive(name: str) -> Any:
         return common.converted(args.output / "models" / name, dense, data, recipe(name))
 
-    def random_row(budget: float) -> common.Row:
-        model = adaptive("damage")
-        model.set_budget(budget)
-        chance = random_choice(model, histograms(model, bench.held), torch.Generator().manual_seed(args.seed))
-        return {"budget": budget, **bench.row(model, model.plan, chance)}
-
     @cache
     def static() -> Any:
         path = args.output / "models" / "static.safetensors"
@@ -86,7 +78,7 @@ def main() -> None:
             rows.measure(f"{name} @ {budget:g}", lambda n=name, b=budget: bench.gated(adaptive(n), b))
     if "damage" in args.variants:
         for budget in budgets:
-            rows.measure(f"random @ {budget:g}", lambda b=budget: random_row(b))
+            rows.measure(f"random @ {budget:g}", lambda b=budget: bench.random(adaptive("damage"), b, args.seed))
         training.removed_rows(rows, "damage, removed", bench, copy.deepcopy(adaptive("damage")), budgets)
     if "static" in args.variants:
         plain = adaptive("label-free")

@@ -5,6 +5,7 @@ The main process writes FOLDER/CASE.json (what was logged, calibrated and measur
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -185,6 +186,8 @@ def main() -> None:
     """Run every case in this process; the main one writes."""
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
+    # Registered before anything joins, so it runs after all that joining registers.
+    atexit.register(lambda: (folder / f"met.{os.environ['RANK']}").write_text(str(torch.distributed.is_initialized())))
     for case in sys.argv[2:] or CASES:
         told, weights = run(case, folder)
         if parallel.is_main():

@@ -84,6 +84,13 @@ def test_calls_take_turns_on_every_input() -> None:
     assert {name: len(spent) for name, spent in found.items()} == {"a": 3, "b": 3, "c": 3}
 
 
+def test_a_call_alone_follows_itself_as_it_is() -> None:
+    told: list[int] = []
+    found = interleaved({"a": Call(told.append)}, range(4), warmup=1)
+    assert told == [0, 1, 2, 3], "nothing is run twice"
+    assert len(found["a"]) == 3
+
+
 def test_two_calls_go_first_equally_often() -> None:
     told: list[str] = []
     interleaved({n: Call(lambda _, n=n: told.append(n)) for n in "ab"}, range(40), warmup=0)
