@@ -183,7 +183,15 @@ def init_(model: nn.Module, dense: nn.Module, plan: Plan, moments: Moments) -> N
         dense: the model before conversion.
         plan: its plan.
         moments: from `collect_moments`.
+
+    Raises:
+        AcmizeError: moments of a layer that is cut are missing.
     """
+    if missing := sorted(_wanted(plan).keys() - moments.keys()):
+        raise AcmizeError(
+            f"moments: found none of {missing[0]} ({len(missing)} missing in all), expected those of every layer that "
+            "is cut; take them from collect_moments with this plan"
+        )
     modules, adaptive = dict(dense.named_modules()), dict(model.named_modules())
     attention: dict[str, list[PlanEntry]] = {}
     others = [e for e in plan.entries if e.form not in ("prefix", *LOW_RANK, *ATTENTION)]

@@ -104,7 +104,6 @@ def training_options(made: argparse.ArgumentParser, epochs: int, lr: float) -> N
     made.add_argument("--lr", type=float, default=lr, help="of phase 3")
     made.add_argument("--weight-decay", type=float, default=0.01, help="of phase 3")
     made.add_argument("--temperature", type=float, default=4.0, help="of the dense model's answers, as a teacher")
-    made.add_argument("--cutmix", type=float, default=0.0, help="Beta parameter of CutMix of phase 3; 0 for none")
     made.add_argument("--batch-norm", action="store_true", help="train BatchNorm too, on the statistics of batches")
 
 
@@ -116,7 +115,6 @@ def cifar10_options(args: Any, method: str) -> tuple[Any, dict[str, Any]]:
         "crop_pad": 4,
         "weight_decay": args.weight_decay,
         "batch_norm": args.batch_norm,
-        "cutmix": args.cutmix,
         "warmup": 0.05,
         "interpolate": False,
     }

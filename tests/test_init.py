@@ -10,7 +10,7 @@ import torch
 from tiny import CONFIG, adapted, images, inputs_for, plan_of, vit
 from torch import Tensor, nn
 
-from acmize import Site
+from acmize import AcmizeError, Site
 from acmize.gates import choosing
 from acmize.hosts import make_plan
 from acmize.init import collect_moments, init_, initialise_, order_units, portions, roots, rotate_qk, rotate_vo
@@ -170,6 +170,18 @@ def test_a_few_sites_at_a_time_end_the_same() -> None:
     assert not torch.equal(few.state_dict()["blocks.1.mlp.fc1.weight"], before)
     for name, weight in at_once.state_dict().items():
         assert torch.equal(few.state_dict()[name], weight), name
+
+
+def test_missing_moments_are_named_and_nothing_is_filled() -> None:
+    dense = vit()
+    plan = plan_of(dense)
+    model = converted(dense, plan)
+    before = copy.deepcopy(model.state_dict())
+    moments = collect_moments(dense, plan, [inputs_for(dense, 4)])
+    del moments["blocks.1.mlp.fc2"]
+    with pytest.raises(AcmizeError, match=r"found none of blocks\.1\.mlp\.fc2 \(1 missing in all\)"):
+        init_(model, dense, plan, moments)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
 def test_a_converted_copy_shares_nothing() -> None:

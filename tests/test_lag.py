@@ -70,6 +70,13 @@ def test_every_convolution_is_accounted_for(name: str) -> None:
     assert all("downsample" in p or "conv_s2d" in p or "spatial_mixing" in p for p in missing), missing
 
 
+def test_weights_are_not_ordered_without_moments() -> None:
+    dense = CHAINS["vgg"]()
+    plan = planned(dense)
+    with pytest.raises(AcmizeError, match="moments: found none of"):
+        init_(convert_(copy.deepcopy(dense), plan), dense, plan, {})
+
+
 def test_put_back_means_help() -> None:
     """At half width the output is nearer to the dense one with the means put back than with zeros."""
     dense = CHAINS["resnet basic"]()
