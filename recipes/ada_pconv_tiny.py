@@ -2,7 +2,8 @@
 
 Command:   python recipes/ada_pconv_tiny.py --output runs/ada --data FOLDER --epochs 30 --seeds 0 1 2 --device cuda
                                             the published protocol (FOLDER as written by tools/cifar10_full.py)
-           python recipes/ada_pconv_tiny.py --output runs/ada-small --limit 2000 --epochs 3        reduced, for a CPU
+           python recipes/ada_pconv_tiny.py --output runs/ada-small --data FOLDER --limit 20000 --epochs 12
+               --mixed-precision bf16       reduced, for a CPU: an hour on 2 cores
            python recipes/ada_pconv_tiny.py --output runs/ada-time --time --threads 2      no training, a quiet machine
            python recipes/ada_pconv_tiny.py --smoke                                               digits, under a minute
 Shows:     for each seed, all from the same start, with the same batches:
